@@ -1,0 +1,1 @@
+"""Renderings of a fleet for other systems; imported as slum.exports."""

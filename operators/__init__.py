@@ -1,0 +1,1 @@
+"""Operators create, find and destroy machines and start an agent there; imported as slum.operators."""

@@ -1,0 +1,234 @@
+"""What the HTTP API says, as types: shared by the server's route table, its OpenAPI page and the client.
+
+JSON, snake_case, times in unix seconds (UTC). Errors are ``{"error": Problem}`` with the HTTP status of STATUS. Every
+mutation takes a request id (see ledger), so that a client may repeat it safely. Server-sent events carry one JSON
+document each, their id is the ledger seq where there is one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from slum.frozen import Frozen
+from slum.model import Fleet, Stamp
+from slum.wire import InstanceReport, LevelStatus, Override
+
+STATUS: dict[str, int] = {
+    "internal": 500,
+    "bad_input": 400,
+    "conflict": 409,
+    "operator": 502,
+    "unreachable": 504,
+    "no_quorum": 503,
+    "unhealthy": 500,
+}
+"""HTTP status for each SlumError.code; the client raises the same class again."""
+
+
+class Problem(Frozen):
+    code: str
+    message: str
+    hint: str = ""
+    details: tuple[str, ...] = ()
+    """ConfigError.problems or Conflict.changes."""
+
+
+class MemberView(Frozen):
+    id: str
+    role: str
+    """"leader", "follower", "down", "learner", "fenced"."""
+    address: str = ""
+    lag: int = 0
+    contact_s: float | None = None
+    certificate_s: float | None = None
+
+
+class LedgerView(Frozen):
+    cluster: str
+    generation: int
+    epoch: int
+    term: int
+    seq: int
+    leader: str | None
+    members: tuple[MemberView, ...]
+
+
+class TenementView(Frozen):
+    """One machine of the fleet as the control plane sees it."""
+
+    name: str
+    tenement: str
+    """The [tenement.X] it belongs to (same as name when count is 1)."""
+    operator: str
+    state: str
+    """"pending", "creating", "joining", "ready", "unknown", "draining", "destroying"."""
+    machine: str = ""
+    detail: str = ""
+    stamp: Stamp = Stamp()
+    version: str = ""
+    host: str = ""
+    contact_s: float | None = None
+    levels: tuple[LevelStatus, ...] = ()
+    limits: str = ""
+    cpus: int = 0
+    memory_bytes: int = 0
+    load: float = 0.0
+    memory_available_bytes: int = 0
+    agent_rss_bytes: int = 0
+    instances: int = 0
+
+
+class Status(Frozen):
+    version: str
+    fleet: str
+    domain: str
+    revision: int
+    pid: int
+    data_dir: str
+    started_at: float
+    now: float
+    ledger: LedgerView
+    tenements: tuple[TenementView, ...] = ()
+    counts: dict[str, int] = {}
+    """Instances by phase."""
+
+
+class InstanceView(Frozen):
+    """A row of `slum ps`: the report, and where it is. *stale_s* is set when its agent is not connected."""
+
+    tenement: str
+    isolation: str
+    report: InstanceReport
+    stale_s: float | None = None
+
+
+class Revision(Frozen):
+    revision: int
+    at: float
+    actor: str
+    why: str
+    summary: str
+    digest: str
+
+
+class FleetDoc(Frozen):
+    revision: int
+    fleet: Fleet
+    digest: str = ""
+    at: float = 0.0
+    actor: str = ""
+
+
+class State(Frozen):
+    """What a plan is made from: the desired fleet and what is known to run. One consistent answer."""
+
+    revision: int
+    fleet: Fleet
+    seq: int
+    tenements: tuple[TenementView, ...] = ()
+    instances: tuple[InstanceView, ...] = ()
+    overrides: dict[str, tuple[Override, ...]] = {}
+    """By machine name."""
+
+
+class ApplyRequest(Frozen):
+    fleet: Fleet
+    base_revision: int
+    request_id: str
+    why: str = "apply"
+    host: str = ""
+    """The name of the machine that the request comes from, for the event's actor."""
+
+
+class Applied(Frozen):
+    revision: int
+    seq: int
+    changed: bool
+    """False when the fleet was the same: nothing was committed."""
+
+
+class ActionRequest(Frozen):
+    """stop, start or restart; *id* and *tenement* narrow it."""
+
+    verb: str
+    service: str
+    request_id: str
+    id: str | None = None
+    tenement: str | None = None
+    host: str = ""
+
+
+class Acted(Frozen):
+    seq: int
+    instances: tuple[str, ...]
+    """"tenement/service/id" of each instance concerned."""
+
+
+class Event(Frozen):
+    """One entry of the audit trail. *before* and *after* are small JSON documents; env values appear as digests."""
+
+    seq: int
+    """Of the ledger entry; several events may share one."""
+    number: int
+    """Counts events from 1 without gaps: the cursor for `after`."""
+    at: float
+    actor: str
+    kind: str
+    """snake_case, past: fleet_applied, service_changed, instance_failed, machine_created, leader_started, ..."""
+    subject: str
+    """What it is about: "service:notes", "instance:here/notes/main", "tenement:here", "member:m1"."""
+    why: str = ""
+    before: Any = None
+    after: Any = None
+    hash: str = ""
+
+
+class Verified(Frozen):
+    ok: bool
+    events: int
+    seq: int
+    first_bad: int | None = None
+    why: str = ""
+
+
+class Progress(Frozen):
+    """One step of an apply, as SSE: *what* is "tenement" or "instance"; the stream ends with what = "done".
+
+    done: *ok* tells whether all is as asked; *failed* names what is not.
+    """
+
+    what: str
+    name: str = ""
+    """Tenement machine, or tenement/service/id."""
+    service: str = ""
+    state: str = ""
+    detail: str = ""
+    took_s: float = 0.0
+    ok: bool = True
+    final: bool = False
+    """True when this one needs no more waiting."""
+    serving: int | None = None
+    logs: tuple[str, ...] = ()
+    """Last log lines of the failed generation."""
+    failed: tuple[str, ...] = ()
+
+
+class LogLine(Frozen):
+    tenement: str
+    service: str
+    id: str
+    at: float
+    text: str
+
+
+class Explanation(Frozen):
+    """Everything known about one service, for `slum explain`."""
+
+    service: str
+    instances: tuple[InstanceView, ...]
+    events: tuple[Event, ...]
+    """Oldest first: of the service, its instances and its tenement; at most 50."""
+    logs: tuple[LogLine, ...]
+    """The last lines of instances that are not well; at most 20."""
+    desired: str = ""
+    """"revision 2, release ab12..., by root@laptop at ..."; empty when the service is not declared."""

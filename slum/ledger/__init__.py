@@ -1,0 +1,1 @@
+"""The replicated log and the SQLite state that it produces; nothing outside this package knows PySyncObj."""
