@@ -1,0 +1,38 @@
+# slum: `make quickstart` to see it run, `make check test` before a commit. Every target can be repeated.
+VENV ?= .venv
+PY := $(VENV)/bin/python
+BENCH_SECONDS ?= 60
+
+.PHONY: help quickstart venv dev check test bench clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/.run: pyproject.toml slum/__init__.py scripts/install.sh
+	scripts/install.sh run $(VENV)
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml slum/__init__.py scripts/install.sh
+	scripts/install.sh dev $(VENV)
+	@touch $@ $(VENV)/.run
+
+venv: $(VENV)/.run  ## install slum into .venv (and with apt, as root, what it needs)
+
+dev: $(VENV)/.dev  ## the same with what tests and checks need
+
+quickstart: $(VENV)/.run  ## run the example fleet on this machine and print URLs that answer
+	@VENV=$(VENV) scripts/quickstart.sh
+
+check: $(VENV)/.dev  ## format, lint, types
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+test: $(VENV)/.dev  ## all tests, against real parts
+	$(VENV)/bin/pytest -n auto --dist loadgroup $(PYTEST_ARGS)
+
+bench: $(VENV)/.dev  ## all benchmarks, one after the other; figures to docs/benchmarks.md by hand
+	@for b in benchmarks/*.py; do echo "== $$b"; $(PY) $$b || exit 1; done
+
+clean:  ## remove what make made here; runs nothing down (`slum down --services` does)
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

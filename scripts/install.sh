@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Install slum from this checkout into a virtual environment: install.sh run|dev VENV. Quick when all is there.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+what=${1:?run or dev} venv=${2:?folder of the virtual environment}
+
+packages=(python3 python3-venv bubblewrap ca-certificates curl nftables)
+[ "$what" = dev ] && packages+=(supervisor wrk git)
+
+missing=()
+for package in "${packages[@]}"; do
+  dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
+done
+if [ ${#missing[@]} -gt 0 ]; then
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    echo "installing ${missing[*]}"
+    export DEBIAN_FRONTEND=noninteractive
+    # A service that a package starts by itself (supervisor) is not wanted: it is only a benchmark's peer.
+    policy=/usr/sbin/policy-rc.d made=
+    if [ ! -e $policy ]; then printf '#!/bin/sh\nexit 101\n' >$policy && chmod 755 $policy && made=1; fi
+    trap '[ -z "$made" ] || rm -f $policy' EXIT
+    apt-get update -qq
+    apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+  else
+    echo "not installed: ${missing[*]}" >&2
+    echo "  as root: apt install ${missing[*]}    (or run this as root once)" >&2
+    python3 -c 'import ensurepip' 2>/dev/null || exit 2
+  fi
+fi
+
+python=${PYTHON:-}
+if [ -z "$python" ]; then
+  for candidate in /usr/bin/python3 python3; do
+    if "$candidate" -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      python=$candidate
+      break
+    fi
+  done
+fi
+if [ -z "$python" ]; then
+  echo "slum needs Python 3.11 or newer with venv; found $(python3 --version 2>&1 || echo none)" >&2
+  echo "  on Debian 12: apt install python3 python3-venv; elsewhere set PYTHON=/path/to/python3.11" >&2
+  exit 2
+fi
+
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+extra=""
+[ "$what" = dev ] && extra="[dev]"
+echo "installing slum and its Python packages into $venv"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".$extra"
