@@ -4,22 +4,30 @@ import html
 import os
 import socketserver
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 
 DB = os.environ["NOTES_DB"]
 
 
-def connect() -> sqlite3.Connection:
+@contextmanager
+def database() -> Iterator[sqlite3.Connection]:
     db = sqlite3.connect(DB, timeout=5)
-    db.execute("CREATE TABLE IF NOT EXISTS notes (id INTEGER PRIMARY KEY, text TEXT NOT NULL)")
-    return db
+    try:
+        with db:
+            db.execute("CREATE TABLE IF NOT EXISTS notes (id INTEGER PRIMARY KEY, text TEXT NOT NULL)")
+            yield db
+    finally:
+        db.close()
 
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/healthz":
-            return self.answer(200, "ok\n", "text/plain")
-        with connect() as db:
+            self.answer(200, "ok\n", "text/plain")
+            return
+        with database() as db:
             rows = db.execute("SELECT text FROM notes ORDER BY id DESC LIMIT 100").fetchall()
         items = "".join(f"<li>{html.escape(text)}</li>" for (text,) in rows) or "<li><em>nothing yet</em></li>"
         self.answer(200, f"<!doctype html><title>notes</title><h1>notes</h1><ul>{items}</ul>\n", "text/html")
@@ -28,8 +36,9 @@ class Handler(BaseHTTPRequestHandler):
         size = min(int(self.headers.get("Content-Length") or 0), 10_000)
         text = self.rfile.read(size).decode("utf-8", "replace").strip()
         if not text:
-            return self.answer(400, "send the note as the body: curl -d 'buy milk' ...\n", "text/plain")
-        with connect() as db:
+            self.answer(400, "send the note as the body: curl -d 'buy milk' ...\n", "text/plain")
+            return
+        with database() as db:
             db.execute("INSERT INTO notes (text) VALUES (?)", (text,))
         self.answer(201, "noted\n", "text/plain")
 
