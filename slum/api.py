@@ -2,7 +2,7 @@
 
 JSON, snake_case, times in unix seconds (UTC). Errors are ``{"error": Problem}`` with the HTTP status of STATUS. Every
 mutation takes a request id (see ledger), so that a client may repeat it safely. Server-sent events carry one JSON
-document each, their id is the ledger seq where there is one.
+document each; an event's id is its number, so that Last-Event-ID resumes.
 """
 
 from __future__ import annotations

@@ -177,7 +177,10 @@ class Note(Message):
 
 
 class StreamData(Message):
-    """Bytes of a stream: log lines (channel 1), or a shell's input (0), output (1), errors (2)."""
+    """Bytes of a stream: log lines (channel 1), or a shell's input (0), output (1), errors (2).
+
+    A logs stream carries whole lines, one or many a frame: ``ID UNIX_SECONDS TEXT\\n``, the id of the instance first.
+    """
 
     data: bytes
     channel: int = 1
