@@ -10,7 +10,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Mapping
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from slum.model import (
     Deploy,
@@ -29,14 +29,25 @@ from slum.model import (
 )
 from slum.problem import shown
 
+T = TypeVar("T")
+
 
 class Wrong(Exception):
-    """A value that a key cannot hold; *inside* names the part of it, when it is a table or a list."""
+    """A value that a key cannot hold. *inside* names the part of it, when it is a table or a list.
 
-    def __init__(self, message: str, *inside: str | int) -> None:
+    *more* are further faults of the same value, *rest* is what could be read of it, None when nothing could.
+    """
+
+    def __init__(self, message: str, *inside: str | int, more: tuple[Wrong, ...] = (), rest: object = None) -> None:
         super().__init__(message)
         self.message = message
         self.inside = inside
+        self.more = more
+        self.rest = rest
+
+    @property
+    def faults(self) -> tuple[Wrong, ...]:
+        return (self, *self.more)
 
 
 class KeySpec(NamedTuple):
@@ -111,41 +122,51 @@ def words(value: object) -> tuple[str, ...]:
         raise Wrong(f"{shown(value)}: {str(error).lower()}") from error
 
 
-def _pairs(value: object) -> list[tuple[str, str]]:
-    if not isinstance(value, dict):
-        raise Wrong(f"{shown(value)} is not a table of texts")
-    for name, item in value.items():
-        if not isinstance(item, str):
-            quoted = f"; write {shown(shown(item))}" if isinstance(item, bool | int | float) else ""
-            raise Wrong(f"{shown(item)} is not text{quoted}", name)
-    return sorted(value.items())
-
-
 def variables(value: object) -> tuple[EnvVar, ...]:
-    return tuple(EnvVar(name=name, value=item) for name, item in _pairs(value))
+    return _pairs(value, lambda name, item: EnvVar(name=name, value=text(item)))
 
 
 def secrets(value: object) -> tuple[Secret, ...]:
-    try:
-        return tuple(Secret(name=name, source=item) for name, item in _pairs(value))
-    except Wrong as wrong:  # never show what may be the secret itself
-        raise Wrong('is neither "file:/absolute/path" nor "env:NAME"', *wrong.inside) from wrong
+    return _pairs(value, _secret)
 
 
 def labels(value: object) -> tuple[Label, ...]:
-    return tuple(Label(name=name, value=item) for name, item in _pairs(value))
+    return _pairs(value, lambda name, item: Label(name=name, value=text(item)))
+
+
+def _secret(name: str, value: object) -> Secret:
+    if not isinstance(value, str):  # never show what may be the secret itself
+        raise Wrong('is neither "file:/absolute/path" nor "env:NAME"')
+    return Secret(name=name, source=value)
+
+
+def _pairs(value: object, make: Callable[[str, object], T]) -> tuple[T, ...]:
+    """Read a table of texts, all of it, whatever is wrong with one of them."""
+    if not isinstance(value, dict):
+        raise Wrong(f"{shown(value)} is not a table of texts")
+    found, faults = [], []
+    for name, item in sorted(value.items()):
+        try:
+            found.append(make(name, item))
+        except Wrong as wrong:
+            faults.append(Wrong(wrong.message, name))
+    if faults:
+        raise Wrong(faults[0].message, *faults[0].inside, more=tuple(faults[1:]), rest=tuple(found))
+    return tuple(found)
 
 
 def hosts(value: object) -> tuple[SshHost, ...]:
     """``"user@host:port"`` texts, or tables with the fields of SSH_HOST."""
     if not isinstance(value, list):
         raise Wrong(f'{shown(value)} is not a list of hosts such as "root@203.0.113.7"')
-    found = []
+    found, faults = [], []
     for position, item in enumerate(value):
         try:
             found.append(_host_of_table(item) if isinstance(item, dict) else _host_of_text(text(item)))
         except Wrong as wrong:
-            raise Wrong(wrong.message, position, *wrong.inside) from wrong
+            faults.append(Wrong(wrong.message, position, *wrong.inside))
+    if faults:
+        raise Wrong(faults[0].message, *faults[0].inside, more=tuple(faults[1:]))
     return tuple(found)
 
 

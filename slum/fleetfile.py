@@ -314,18 +314,27 @@ def _read_keys(
     """
     report.origins.setdefault(at, place)
     fields: dict[str, Any] = {}
+    misspelt: set[str] = set()
     for key, value in table.items():
         if key not in keys:
-            report.wrong(place / key, f"unknown key{nearest(key, (*keys, *also))}")
+            near = nearest(key, (*keys, *also))
+            misspelt.update(word for word in keys if f"`{word}`" in near)
+            report.wrong(place / key, f"unknown key{near}")
             continue
         try:
             fields[keys[key].field] = keys[key].read(value)
         except Wrong as wrong:
-            report.wrong(_inside(place / key, wrong), wrong.message, (*at, key))
+            for fault in wrong.faults:
+                at_fault = (*at, key) if wrong.rest is None else (*at, key, *fault.inside)
+                report.wrong(_inside(place / key, fault), fault.message, at_fault)
+            if wrong.rest is not None:
+                fields[keys[key].field] = wrong.rest
     for key, spec in keys.items():
         if spec.stand_in is not None and spec.field not in fields:
             if key not in table and at not in report.broken:
-                report.wrong(place, f"needs `{key}`", (*at, key))
+                if key not in misspelt:
+                    report.wrong(place, f"needs `{key}`")
+                report.broken.add((*at, key))
             fields[spec.field] = spec.stand_in
     return fields
 

@@ -41,7 +41,7 @@ class Range(Frozen):
         return Problem(at=at, message=f"{shown(value)} is not between {self}")
 
     def __str__(self) -> str:
-        return f"{self.low:,g} and {self.high:,.12g}"
+        return f"{self.low:.12g} and {self.high:.12g}"
 
 
 def file_key(field: str) -> str:
