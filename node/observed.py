@@ -14,7 +14,8 @@ from slum.model import Key, Listen, Restart, Service
 
 PROBE_FAILURES_MAX = 3
 """So many failed probes in a row make a generation unhealthy; fewer make it degraded."""
-EXITS_REPORTED = 10
+PAST_MAX = 32
+"""So many past exits are kept an instance; what happened before is only counted."""
 
 
 class Starting(Frozen):
@@ -86,6 +87,8 @@ class Past(Frozen):
     ready_s: float = 0.0
     asked: bool = False
     why: str = ""
+    ordinal: int = 1
+    """Counts the exits since the target changed, from 1."""
 
 
 class Mark(Frozen):
@@ -129,6 +132,8 @@ class Observed(Frozen):
     past: tuple[Past, ...] = ()
     marks: tuple[Mark, ...] = ()
     good: Good | None = None
+    restarts: int = 0
+    """Ends that nobody asked for since the target changed."""
 
     @property
     def living(self) -> tuple[Generation, ...]:
@@ -145,10 +150,10 @@ def routed(service: Service) -> bool:
 def retargeted(seen: Observed, target: Target, now: float) -> Observed:
     """Return *seen* with *target* asked for. Anything new in it (a fallen restart count is not) forgives the past."""
     old = seen.target
-    if old is not None and old.release == target.release and old.stopped == target.stopped:
-        if target.restarts <= old.restarts:
-            return seen
-    return msgspec.structs.replace(seen, target=target, since=now, marks=())
+    same = old is not None and old.release == target.release and old.stopped == target.stopped
+    if same and old is not None and target.restarts <= old.restarts:
+        return seen
+    return msgspec.structs.replace(seen, target=target, since=now, marks=(), restarts=0)
 
 
 def rebooted(seen: Observed, restart: Restart | None) -> Observed:
@@ -190,8 +195,8 @@ def proven(seen: Observed, generation: Generation) -> Observed:
     return msgspec.structs.replace(seen, good=Good(release=generation.release, service=generation.service))
 
 
-def ended(seen: Observed, number: int, status: int | None, at: float, *, oom: bool = False, keep: int) -> Observed:
-    """Return *seen* after the end of generation *number*, with at most *keep* past exits. May be repeated."""
+def ended(seen: Observed, number: int, status: int | None, at: float, *, oom: bool = False) -> Observed:
+    """Return *seen* after the end of generation *number*; a second time for the same one changes nothing."""
     generation = seen.generation(number)
     if generation is None or not generation.alive:
         return seen
@@ -209,10 +214,15 @@ def ended(seen: Observed, number: int, status: int | None, at: float, *, oom: bo
         ready_s=0.0 if ready_since is None else max(0.0, at - ready_since),
         asked=isinstance(stage, Stopping),
         why=stage.why if isinstance(stage, Stopping) else "",
+        ordinal=seen.past[-1].ordinal + 1 if seen.past and seen.past[-1].at >= seen.since else 1,
     )
-    known = tuple(p for p in seen.past if p.generation != number)
+    seen = staged(seen, number, Ended())
+    if any(p.generation == number for p in seen.past):
+        return seen
     return msgspec.structs.replace(
-        staged(seen, number, Ended()), past=tuple(sorted((*known, past), key=lambda p: p.at))[-keep:]
+        seen,
+        past=(*seen.past, past)[-PAST_MAX:],
+        restarts=seen.restarts + (not past.asked or past.why != ""),
     )
 
 

@@ -18,186 +18,46 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from slum.frozen import Frozen
-from slum.model import Deploy, Key, Listen, Restart, Service, Settings, release_of
+from slum.model import Deploy, Key, Listen, Service, Settings, release_of
+from slum.node.actions import (
+    PREPARED,
+    Action,
+    Around,
+    Broken,
+    CloseSocket,
+    Decision,
+    Drain,
+    Forget,
+    GiveUp,
+    Kill,
+    Missing,
+    PreDeploy,
+    Preparation,
+    Prepare,
+    Prepared,
+    Publish,
+    Reap,
+    Start,
+    Terminate,
+    Unpublish,
+    Want,
+)
+from slum.node.failures import Goal, failures, finished, marked, retry_at, summary
 from slum.node.observed import (
     PROBE_FAILURES_MAX,
     Draining,
     Generation,
     Mark,
     Observed,
-    Past,
     Ready,
     Starting,
     Stopping,
-    Target,
     routed,
 )
 from slum.wire import Desired
 
 GENERATIONS_MAX = 4
 """So many generations of one instance may live at once; a further overlap waits for one to finish draining."""
-
-
-class Want(Frozen):
-    """One desired instance."""
-
-    key: Key
-    release: str
-    service: Service
-    restarts: int = 0
-    stopped: bool = False
-
-    @property
-    def target(self) -> Target:
-        return Target(release=self.release, restarts=self.restarts, stopped=self.stopped)
-
-
-# --- how far a release is from being startable ------------------------------------------------------------------------
-
-
-class Missing(Frozen):
-    """Its bundle is not here, or it is not built. *why* tells of the last attempt; the next one is at *retry_at*."""
-
-    retry_at: float = 0.0
-    why: str = ""
-
-
-class Working(Frozen):
-    """*what* is under way: "fetching", "building", "pre_deploy"."""
-
-    what: str
-
-
-class Prepared(Frozen):
-    """Startable, but for its pre_deploy while *pre_deployed* is false."""
-
-    pre_deployed: bool = True
-
-
-class Broken(Frozen):
-    """Its build or pre_deploy failed when *restarts* had been asked for."""
-
-    why: str
-    restarts: int = 0
-
-
-Preparation = Missing | Working | Prepared | Broken
-PREPARED = Prepared()
-
-
-class Around(Frozen):
-    """What else bears on one instance."""
-
-    settings: Settings
-    wanted: Preparation = PREPARED
-    fallback: Preparation = PREPARED
-    """Of the last healthy release, where it is another one."""
-    waits_for: str = ""
-    """The dependency that is not healthy yet."""
-    dependents_live: bool = False
-    """A removed service that depends on this one still runs."""
-
-
-# --- actions ----------------------------------------------------------------------------------------------------------
-
-
-class Prepare(Frozen):
-    """Fetch and build *release*."""
-
-    key: Key
-    release: str
-
-
-class PreDeploy(Frozen):
-    key: Key
-    release: str
-
-
-class Start(Frozen):
-    """Start generation *number* on socket *socket* (its own number, or that of a crashed generation's listener)."""
-
-    key: Key
-    number: int
-    socket: int
-    release: str
-    restarts: int
-    service: Service
-
-
-class Publish(Frozen):
-    """Point the route at generation *number*."""
-
-    key: Key
-    number: int
-
-
-class Unpublish(Frozen):
-    key: Key
-
-
-class Drain(Frozen):
-    key: Key
-    number: int
-
-
-class Terminate(Frozen):
-    """Send SIGTERM. *why* is empty unless it is stopped for failing."""
-
-    key: Key
-    number: int
-    why: str = ""
-
-
-class Kill(Frozen):
-    key: Key
-    number: int
-
-
-class Reap(Frozen):
-    """Forget the record of a generation that has ended."""
-
-    key: Key
-    number: int
-
-
-class CloseSocket(Frozen):
-    key: Key
-    socket: int
-
-
-class GiveUp(Frozen):
-    key: Key
-    mark: Mark
-
-
-class Forget(Frozen):
-    """Nothing is left of a removed instance but its data and logs."""
-
-    key: Key
-
-
-Action = (
-    Prepare | PreDeploy | Start | Publish | Unpublish | Drain | Terminate | Kill | Reap | CloseSocket | GiveUp | Forget
-)
-
-
-class Decision(Frozen):
-    actions: tuple[Action, ...] = ()
-    wake_at: float | None = None
-    """Ask again then, if nothing was observed before."""
-
-
-class Goal(Frozen):
-    """The release that an instance is to run now: the wanted one, or the last healthy one in its place."""
-
-    release: str
-    restarts: int
-    service: Service
-    preparation: Preparation
-
-    def matches(self, generation: Generation | Past | Mark) -> bool:
-        return generation.release == self.release and generation.restarts >= self.restarts
 
 
 # --- the whole tenement -----------------------------------------------------------------------------------------------
@@ -333,56 +193,10 @@ def goal_of(want: Want | None, seen: Observed, around: Around) -> Goal | None:
     return None if held else goal
 
 
-def failures(goal: Goal, seen: Observed, settings: Settings) -> tuple[Past, ...]:
-    """Return the failures of *goal*'s release that count: newest first, within restart_window of healthy time."""
-    found: list[Past] = []
-    healthy_s = 0.0
-    for past in reversed(seen.past):
-        if past.at < seen.since or healthy_s > settings.restart_window_s:
-            break
-        if goal.matches(past) and _failed(past, goal.service.restart):
-            found.append(past)
-            healthy_s += past.ready_s
-    return tuple(found)
-
-
-def retry_at(failed: tuple[Past, ...], settings: Settings, now: float) -> float:
-    """Return when the next start is due after *failed* (newest first): the last end plus base * 2^(n-1), capped."""
-    if not failed:
-        return now
-    exponent = min(len(failed) - 1, 30)
-    delay_ms = min(settings.backoff_base_ms * 2**exponent, settings.backoff_max_ms)
-    return min(failed[0].at, now) + delay_ms / 1000
-
-
-def finished(goal: Goal, seen: Observed) -> Past | None:
-    """Return the newest exit after which *goal* is not to be started again by its restart policy."""
-    policy = goal.service.restart
-    for past in reversed(seen.past):
-        if past.at < seen.since:
-            return None
-        if goal.matches(past) and (not past.asked or past.why):
-            done = policy is Restart.NEVER or (policy is Restart.ON_FAILURE and not past.why and past.status == 0)
-            return past if done else None
-    return None
-
-
-def marked(goal: Goal, seen: Observed) -> Mark | None:
-    return next((m for m in seen.marks if goal.matches(m)), None)
-
-
 def replaces(service: Service) -> bool:
     """Tell whether a deploy has to stop the old generation first: it says so, or two could not share the address."""
     fixed = service.listen is Listen.PORT or service.socket is not None
     return fixed or service.deploy is Deploy.REPLACE
-
-
-def _failed(past: Past, policy: Restart) -> bool:
-    if past.why:
-        return policy is not Restart.NEVER
-    if past.asked or policy is Restart.NEVER:
-        return False
-    return policy is Restart.ALWAYS or past.status != 0
 
 
 def _verdict(want: Want | None, goal: Goal | None, seen: Observed, around: Around, now: float) -> Mark | None:
@@ -394,30 +208,12 @@ def _verdict(want: Want | None, goal: Goal | None, seen: Observed, around: Aroun
             continue
         broken = aim.preparation
         lives = any(aim.matches(g) for g in seen.living)
-        if isinstance(broken, Broken) and broken.restarts >= aim.restarts and not lives:
+        if isinstance(broken, Broken) and not lives:
             return Mark(release=aim.release, restarts=aim.restarts, at=now, why=broken.why)
         failed = failures(aim, seen, around.settings)
-        if len(failed) > around.settings.max_restarts and not lives:
+        if failed is not None and failed.count > around.settings.max_restarts and not lives:
             return Mark(release=aim.release, restarts=aim.restarts, at=now, why=summary(failed))
     return None
-
-
-def summary(failed: tuple[Past, ...]) -> str:
-    """Return "exit 2, 3 times in 2.1 s" for failures given newest first."""
-    if len(failed) == 1:
-        return f"{cause(failed[0])} after {failed[0].ran_s:.1f} s"
-    span_s = failed[0].at - failed[-1].at + failed[-1].ran_s
-    return f"{cause(failed[0])}, {len(failed)} times in {span_s:.1f} s"
-
-
-def cause(past: Past) -> str:
-    if past.why:
-        return past.why
-    if past.oom:
-        return "out of memory"
-    if past.status is None:
-        return "ended unseen"
-    return f"exit {past.status}" if past.status >= 0 else f"signal {-past.status}"
 
 
 def _enforce(generation: Generation, stage: Stopping, seen: Observed, draft: _Draft, now: float) -> None:
@@ -537,7 +333,7 @@ def _fetch(goal: Goal, seen: Observed, draft: _Draft, now: float) -> None:
     state = goal.preparation
     if isinstance(state, Missing) and now < state.retry_at:
         draft.wake(state.retry_at)
-    elif isinstance(state, Missing) or (isinstance(state, Broken) and state.restarts < goal.restarts):
+    elif isinstance(state, Missing):
         draft.actions.append(Prepare(key=seen.key, release=goal.release))
 
 
