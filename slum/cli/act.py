@@ -1,0 +1,70 @@
+"""`slum restart`, `stop` and `start`: one instance or all of a service, waited for."""
+
+from __future__ import annotations
+
+
+import click
+
+from slum.cli.base import Invocation, SlumCommand, command
+from slum.cli.look import chosen
+from slum.cli.progress import follow, label
+from slum.cli.target import service_argument, span_s, split_target, tenement_option
+from slum.errors import Unhealthy
+
+PAST = {"restart": "restarted", "stop": "stopped", "start": "started"}
+
+
+def _verb(verb: str, doc: str) -> SlumCommand:
+    examples = f"""
+    slum {verb} notes
+    slum {verb} notes/acme --no-wait
+    """
+
+    @command(verb, examples=examples, help=doc)
+    @service_argument()
+    @tenement_option
+    @click.option("--no-wait", is_flag=True, help="Return as soon as it is committed.")
+    @click.option("--timeout", metavar="TIME", default="2min", show_default=True, help="How long to wait: 30s, 5m.")
+    def act(asked: Invocation, service: str, tenement: str | None, no_wait: bool, timeout: str) -> int | None:
+        return _act(asked, verb, service, tenement, wait_s=None if no_wait else span_s(timeout))
+
+    return act
+
+
+restart = _verb("restart", "Restart instances and wait until they are well; also tries again what was given up.")
+stop = _verb("stop", "Stop instances and wait until they have; they stay stopped, over reboots too, until `slum start`.")
+start = _verb("start", "Start what `slum stop` stopped, and wait until it is well.")
+
+
+def _act(asked: Invocation, verb: str, target: str, tenement: str | None, *, wait_s: float | None) -> int | None:
+    service, instance = split_target(target)
+    with asked.client() as client:
+        chosen(client.instances(), service, instance, tenement)
+        revision = client.status().revision
+        acted = client.act(verb, service, instance=instance, tenement=tenement)
+        if wait_s is None:
+            _report(asked, verb, acted.instances, (), waited=False)
+            return None
+        outcome = follow(asked, client, revision, timeout_s=wait_s, only=frozenset(acted.instances))
+    if not outcome.in_time:
+        raise Unhealthy(
+            f"{', '.join(map(label, outcome.waiting or acted.instances))}: not {PAST[verb]} within {wait_s:g} s; it goes on",
+            hint=f"`slum explain {service}`",
+        )
+    _report(asked, verb, acted.instances, outcome.failed, waited=True)
+    if outcome.failed:
+        raise Unhealthy(f"{', '.join(map(label, outcome.failed))}: not well", hint=f"`slum explain {service}`")
+    return None
+
+
+def _report(
+    asked: Invocation, verb: str, instances: tuple[str, ...], failed: tuple[str, ...], *, waited: bool
+) -> None:
+    if asked.json:
+        asked.emit({"verb": verb, "instances": instances, "failed": failed, "waited": waited})
+    elif waited:
+        well = [label(name) for name in instances if name not in failed]
+        if well:
+            asked.say(f"{PAST[verb]}: {', '.join(well)}")
+    else:
+        asked.say(f"{verb} committed for {', '.join(map(label, instances))}; `slum ps` shows it")

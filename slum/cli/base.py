@@ -1,0 +1,225 @@
+"""What every command shares: the common options, how it was called, and the ways to print.
+
+Light on purpose: `slum --help` imports it, so only click and the errors may be imported at the top. People's text goes
+to stdout through Invocation.say, programs' JSON through emit; notes and progress go to stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, TypeVar
+
+import click
+
+from slum.errors import Conflict, ConfigError, SlumError
+
+if TYPE_CHECKING:
+    from slum.client import Client
+    from slum.paths import Home
+
+EXIT_PIPE = 141
+"""Whoever read our output went away: what a shell reports for SIGPIPE."""
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+STYLES: dict[str, dict[str, Any]] = {
+    "good": {"fg": "green"},
+    "bad": {"fg": "red"},
+    "warn": {"fg": "yellow"},
+    "dim": {"dim": True},
+    "strong": {"bold": True},
+}
+
+
+class Invocation(NamedTuple):
+    """How a command was called. Built once, before the command's own code."""
+
+    home: Home
+    json: bool
+    yes: bool
+    quiet: bool
+    color: bool
+    """Colour on stdout: a terminal, and nothing said against it."""
+
+    def say(self, text: str = "") -> None:
+        """Print *text* for people on stdout; with --json stdout belongs to the one document."""
+        if not self.json:
+            click.echo(text, color=True)
+
+    def note(self, text: str) -> None:
+        """Print what is good to know but not the answer, on stderr; not with --quiet."""
+        if not self.quiet:
+            click.echo(text, err=True, color=True)
+
+    def emit(self, document: object) -> None:
+        """Print *document* as indented JSON on stdout."""
+        import msgspec
+
+        click.echo(msgspec.json.format(msgspec.json.encode(document), indent=2).decode())
+
+    def emit_line(self, document: object, *, err: bool = False) -> None:
+        """Print *document* as one line of JSON, at once."""
+        import msgspec
+
+        click.echo(msgspec.json.encode(document).decode(), err=err)
+
+    def paint(self, text: str, style: str) -> str:
+        """Return *text* in *style* (a key of STYLES), or as it is when stdout takes no colour."""
+        return click.style(text, **STYLES[style]) if self.color and style else text
+
+    def client(self) -> Client:
+        """Return a client of this machine's control plane; use it in a with statement."""
+        from slum.client import Client
+
+        return Client(self.home)
+
+
+class SlumCommand(click.Command):
+    """A command whose help ends with examples, and lists the common options apart from its own."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        own, common = [], []
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                (common if parameter.name in COMMON else own).append(record)
+        if own:
+            with formatter.section("Options"):
+                formatter.write_dl(own)
+        with formatter.section("Common options"):
+            formatter.write_dl(common)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write(f"\nExamples:\n{self.epilog}\n")
+
+
+def command(name: str, *, examples: str, **attributes: Any) -> Callable[[Callable[..., int | None]], SlumCommand]:
+    """Make a function a command: it gets an Invocation first, and returns its exit code (None is 0).
+
+    *examples* are lines like ``slum ps --json``, shown at the end of --help; a test runs them all through the parser.
+    """
+    epilog = "\n".join(f"  {line.strip()}" for line in examples.strip().splitlines())
+
+    def decorate(function: Callable[..., int | None]) -> SlumCommand:
+        @click.pass_context
+        def called(ctx: click.Context, /, **values: Any) -> int | None:
+            return function(invocation(ctx.find_root().obj or {}), **values)
+
+        called.__doc__ = function.__doc__
+        called.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]  # click's own slot
+        return click.command(name, cls=SlumCommand, epilog=epilog, **attributes)(common_options(called))
+
+    return decorate
+
+
+def common_options(function: F) -> F:
+    """Add the options that every command takes; before the command's name they mean the same."""
+    for option in reversed(
+        (
+            _common("--data-dir", metavar="DIR", help="Where state lies.  [env: SLUM_DATA_DIR]"),
+            _common("--run-dir", metavar="DIR", help="Where sockets lie.  [env: SLUM_RUN_DIR]"),
+            _common("--json", is_flag=True, help="JSON on stdout, with a stable schema."),
+            _common("-y", "--yes", is_flag=True, help="Do not ask."),
+            _common("-q", "--quiet", is_flag=True, help="No progress and no notes."),
+            _common("--no-color", is_flag=True, help="No colour, also on a terminal.  [env: NO_COLOR]"),
+            _common("--debug", is_flag=True, help="Show the traceback of a bug."),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+COMMON = frozenset({"data_dir", "run_dir", "json", "yes", "quiet", "no_color", "debug", "help"})
+
+
+def file_option(function: F) -> F:
+    """Add FILE, as an argument or as -f; the default is ./slum.toml."""
+    function = click.option("-f", "--file", "file_option", metavar="FILE", help="The same as FILE.")(function)
+    return click.argument("file", required=False, type=click.Path())(function)
+
+
+def file_of(file: str | None, file_option: str | None) -> str:
+    """Return which file was meant; ConfigError when two were."""
+    if file is not None and file_option is not None and file != file_option:
+        raise ConfigError(f"two files were given: {file} and {file_option}", hint="give one")
+    return file or file_option or "slum.toml"
+
+
+def invocation(settings: Mapping[str, object]) -> Invocation:
+    """Return how this command was called, from what the options left in *settings*; ConfigError for a bad folder."""
+    from slum.paths import find_home
+
+    env = dict(os.environ)
+    for variable, setting in (("SLUM_DATA_DIR", "data_dir"), ("SLUM_RUN_DIR", "run_dir")):
+        given = settings.get(setting)
+        if isinstance(given, str):
+            env[variable] = os.path.abspath(given)
+    return Invocation(
+        home=find_home(env, os.geteuid(), os.path.expanduser("~")),
+        json=bool(settings.get("json")),
+        yes=bool(settings.get("yes")),
+        quiet=bool(settings.get("quiet")),
+        color=style_on(settings, sys.stdout),
+    )
+
+
+def consent(asked: Invocation, question: str, *, typed: str | None = None) -> bool:
+    """Ask; True with --yes. With *typed* the answer must be that word. ConfigError (exit 2) when nobody can be asked."""
+    if asked.yes:
+        return True
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise ConfigError("this needs consent, and there is no terminal to ask on; nothing was changed", hint="add --yes")
+    if typed is None:
+        return click.confirm(question, default=False, err=True)
+    return str(click.prompt(question, default="", show_default=False, err=True)) == typed
+
+
+def style_on(settings: Mapping[str, object], stream: TextIO) -> bool:
+    """Tell whether *stream* takes colour: a terminal, no --no-color, no NO_COLOR (https://no-color.org), not dumb."""
+    if settings.get("no_color") or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return False
+    return stream.isatty()
+
+
+def print_error(
+    message: str,
+    settings: Mapping[str, object],
+    *,
+    exit_code: int,
+    hint: str = "",
+    error: SlumError | None = None,
+) -> None:
+    """Print on stderr what went wrong, the details one a line, and what to do next; with --json one JSON document."""
+    details = error.problems if isinstance(error, ConfigError) else error.changes if isinstance(error, Conflict) else ()
+    code = error.code if error is not None else {2: "bad_input", 130: "interrupted"}.get(exit_code, "internal")
+    if settings.get("json"):
+        import json
+
+        problem = {"code": code, "message": message, "hint": hint, "details": list(details), "exit_code": exit_code}
+        click.echo(json.dumps({"error": problem}), err=True)
+        return
+    label = "conflict" if isinstance(error, Conflict) else "error"
+    if style_on(settings, sys.stderr):
+        label = click.style(label, fg="red", bold=True)
+    lines = [f"{label}: {message} (exit {exit_code})"]
+    if isinstance(error, ConfigError):
+        lines = [*details, *lines]
+    elif details:
+        lines += [f"  {'since then:' if n == 0 else '           '} {line}" for n, line in enumerate(details)]
+    if hint:
+        lines.append(f"  next: {hint}")
+    click.echo("\n".join(lines), err=True, color=True)
+
+
+def _common(*names: str, **attributes: Any) -> Callable[[F], F]:
+    return click.option(*names, expose_value=False, callback=_remember, **attributes)
+
+
+def _remember(ctx: click.Context, parameter: click.Parameter, value: object) -> None:
+    root = ctx.find_root()
+    if root.obj is None:
+        root.obj = {}
+    if value is not None and value is not False:
+        root.obj[parameter.name] = value

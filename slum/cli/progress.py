@@ -1,0 +1,149 @@
+"""Following a change until it has arrived: live on a terminal, plain lines in a pipe, JSON lines on stderr with --json.
+
+Input is the API's progress stream; the answer is an Outcome. It changes nothing, and being interrupted changes nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+from slum import api
+from slum.cli.base import Invocation
+from slum.client import Client
+from slum.render import PHASE_STYLE, clean, instance_name, seconds
+
+if TYPE_CHECKING:
+    from rich.live import Live
+
+Show = Callable[[api.Progress], None]
+TELLING = frozenset({"building", "waiting", "creating", "refused", "failed", "backoff", "unhealthy", "degraded"})
+
+
+class Outcome(NamedTuple):
+    """How a change ended: *failed* names machines and instances ("here", "here/notes/main") that are not as asked."""
+
+    failed: tuple[str, ...]
+    in_time: bool
+    waiting: tuple[str, ...]
+    """What had not arrived when the time was up."""
+
+
+def follow(
+    asked: Invocation,
+    client: Client,
+    revision: int,
+    *,
+    timeout_s: float | None,
+    only: frozenset[str] | None = None,
+) -> Outcome:
+    """Show what happens towards *revision* until all of it (or of the instances in *only*) has arrived."""
+    latest: dict[str, api.Progress] = {}
+    failed: tuple[str, ...] = ()
+    with _shown(asked) as show:
+        try:
+            for step in client.progress(revision, timeout_s=timeout_s):
+                if step.what == "done":
+                    failed = step.failed
+                    break
+                if only is not None and step.name not in only:
+                    continue
+                if latest.get(step.name) != step:
+                    latest[step.name] = step
+                    show(step)
+                if only is not None and len(latest) == len(only) and all(s.final for s in latest.values()):
+                    break
+        except TimeoutError:
+            waiting = tuple(name for name, step in sorted(latest.items()) if not step.final)
+            return Outcome(failed=_bad(latest, only, ()), in_time=False, waiting=waiting)
+    return Outcome(failed=_bad(latest, only, failed), in_time=True, waiting=())
+
+
+def _bad(latest: dict[str, api.Progress], only: frozenset[str] | None, failed: Iterable[str]) -> tuple[str, ...]:
+    bad = {name for name, step in latest.items() if step.final and not step.ok} | set(failed)
+    return tuple(sorted(bad if only is None else bad & only))
+
+
+@contextmanager
+def _shown(asked: Invocation) -> Iterator[Show]:
+    if asked.json:
+        yield lambda step: None if asked.quiet else asked.emit_line(step, err=True)
+    elif asked.quiet:
+        yield lambda step: None
+    elif asked.color and sys.stdout.isatty():
+        with _live() as show:
+            yield show
+    else:
+        yield _plain(asked)
+
+
+def _plain(asked: Invocation) -> Show:
+    """One line for each thing that arrived, and for what makes the reader wait."""
+    said: dict[str, tuple[str, str]] = {}
+    started = time.monotonic()
+
+    def show(step: api.Progress) -> None:
+        if step.final or step.state in TELLING or step.detail:
+            now = (step.state, step.detail)
+            if said.get(step.name) != now:
+                said[step.name] = now
+                name, state, took = _words(step, time.monotonic() - started)
+                asked.say(f"  {name:<20}  {state:<32}  {took}".rstrip())
+
+    return show
+
+
+@contextmanager
+def _live() -> Iterator[Show]:
+    """All lines at once, redrawn in place, seconds running."""
+    from rich.console import Console
+    from rich.live import Live
+
+    latest: dict[str, api.Progress] = {}
+    started = time.monotonic()
+    console = Console(highlight=False)
+    with Live(get_renderable=lambda: _page(latest, time.monotonic() - started), console=console, refresh_per_second=8) as live:
+
+        def show(step: api.Progress) -> None:
+            latest[step.name] = step
+            _redraw(live)
+
+        yield show
+
+
+def _redraw(live: Live) -> None:
+    live.refresh()
+
+
+def _page(latest: dict[str, api.Progress], elapsed_s: float) -> object:
+    from rich.text import Text
+
+    styles = {"good": "green", "bad": "red", "warn": "yellow", "dim": "dim"}
+    rows = [(step, *_words(step, elapsed_s)) for step in latest.values()]
+    width = max((len(name) for _, name, _, _ in rows), default=0)
+    page = Text(no_wrap=True, overflow="ellipsis")
+    for n, (step, name, state, took) in enumerate(rows):
+        style = "bad" if step.final and not step.ok else "good" if step.final else PHASE_STYLE.get(step.state, "warn")
+        page.append(f"{'' if n == 0 else chr(10)}  {name:<{width}}  ")
+        page.append(f"{state:<32}", styles.get(style, ""))
+        page.append(f"  {took}", "dim")
+    return page
+
+
+def _words(step: api.Progress, elapsed_s: float) -> tuple[str, str, str]:
+    """Return (name, state, time) of *step* as people read them."""
+    state = step.state + (f"  {clean(step.detail)}" if step.detail else "")
+    if step.final and not step.ok and step.serving is not None:
+        state += f"; generation {step.serving} still serves"
+    return label(step.name), state, seconds(step.took_s if step.final else elapsed_s)
+
+
+def label(name: str) -> str:
+    """Return "notes" for here/notes/main, "notes/acme" for here/notes/acme, a machine's name as it is."""
+    parts = name.split("/")
+    if len(parts) != 3:
+        return name
+    return instance_name(parts[1], parts[2], alone=parts[2] == "main")

@@ -1,0 +1,371 @@
+"""The control plane as Python calls: a synchronous client of the HTTP API over its unix socket.
+
+Inputs are a Home and the types of slum.api; answers are those types, errors the classes of slum.errors that the server
+named. A server or ledger that restarts is waited for: connections refused or cut, and 503, are tried again until the
+deadline, mutations always with the same request id, so that they happen once. It never starts anything, never prints,
+and never changes what it was given.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx
+import msgspec
+
+from slum import api
+from slum.errors import BY_CODE, ConfigError, Conflict, QuorumLost, SlumError, Unreachable
+from slum.ledger.commands import new_request_id
+from slum.model import Fleet
+from slum.paths import Home
+
+DEADLINE_S = 15.0
+"""How long a control plane that restarts is waited for."""
+SILENCE_S = 20.0
+"""A stream that says nothing for so long is opened anew."""
+RETRY_MS = (50, 100, 200, 400, 800)
+CHUNK_BYTES = 256 << 10
+LOG_OVERLAP_S = 2.0
+RECENT_LINES = 10_000
+"""What a cut log stream asks for again, and how many lines it can recognise as printed already."""
+
+T = TypeVar("T")
+
+
+class Client:
+    """One connection to the control plane of *home*. Not for several threads."""
+
+    def __init__(self, home: Home, *, deadline_s: float = DEADLINE_S) -> None:
+        self.home = home
+        self.deadline_s = deadline_s
+        self.seq: int | None = None
+        """The newest ledger sequence that an answer named; part of the next request id."""
+        self._answered = False
+        transport = httpx.HTTPTransport(uds=str(home.api_socket))
+        self._http = httpx.Client(transport=transport, base_url="http://slum/v1/", timeout=60.0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._http.close()
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+    def present(self) -> bool:
+        """Tell whether a control plane answers here now; raises Unreachable when we may not ask it."""
+        self._check_permission()
+        try:
+            self._knock()
+            return self._http.get("health", timeout=5.0).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def status(self) -> api.Status:
+        found = self._call("GET", "status", api.Status)
+        self._saw(found.ledger.seq)
+        return found
+
+    def state(self) -> api.State:
+        found = self._call("GET", "state", api.State)
+        self._saw(found.seq)
+        return found
+
+    def fleet(self, revision: int | None = None) -> api.FleetDoc:
+        return self._call("GET", "fleet", api.FleetDoc, revision=revision)
+
+    def revisions(self) -> tuple[api.Revision, ...]:
+        return self._call("GET", "revisions", tuple[api.Revision, ...])
+
+    def instances(self) -> tuple[api.InstanceView, ...]:
+        return self._call("GET", "instances", tuple[api.InstanceView, ...])
+
+    def explain(self, service: str) -> api.Explanation:
+        return self._call("GET", f"explain/{service}", api.Explanation)
+
+    def events(
+        self,
+        *,
+        after: int = 0,
+        limit: int = 100,
+        kind: str | None = None,
+        service: str | None = None,
+        actor: str | None = None,
+        newest: bool = False,
+    ) -> tuple[api.Event, ...]:
+        """Return at most *limit* events with numbers above *after*, oldest first; the last ones when *newest*."""
+        query = {"after": after, "limit": limit, "kind": kind, "service": service, "actor": actor}
+        return self._call("GET", "events", tuple[api.Event, ...], **query, newest=1 if newest else None)
+
+    def verify(self) -> api.Verified:
+        return self._call("GET", "events/verify", api.Verified)
+
+    # --- changing -----------------------------------------------------------------------------------------------------
+    def apply(self, fleet: Fleet, *, base_revision: int, why: str) -> api.Applied:
+        """Commit *fleet* if the revision is still *base_revision*; Conflict otherwise. Happens once, however often sent."""
+        body = api.ApplyRequest(
+            fleet=fleet,
+            base_revision=base_revision,
+            request_id=self._request_id(),
+            why=why,
+            host=socket.gethostname(),
+        )
+        done = self._call("PUT", "fleet", api.Applied, body=body)
+        self._saw(done.seq)
+        return done
+
+    def act(self, verb: str, service: str, *, instance: str | None = None, tenement: str | None = None) -> api.Acted:
+        """Stop, start or restart; happens once, however often sent."""
+        body = api.ActionRequest(
+            verb=verb,
+            service=service,
+            request_id=self._request_id(),
+            id=instance,
+            tenement=tenement,
+            host=socket.gethostname(),
+        )
+        done = self._call("POST", "actions", api.Acted, body=body)
+        self._saw(done.seq)
+        return done
+
+    def has_blob(self, digest: str) -> bool:
+        answer = self._send(lambda: self._http.head(f"blobs/{digest}"), accept=(404,))
+        return answer.status_code != 404
+
+    def put_blob(self, digest: str, path: Path, *, sent: Callable[[int], None] = lambda _: None) -> None:
+        """Upload *path*; returns when the server has it on disk. *sent* is told each amount of bytes as it goes."""
+        headers = {"content-length": str(path.stat().st_size), "content-type": "application/octet-stream"}
+        self._send(lambda: self._http.put(f"blobs/{digest}", content=_chunks(path, sent), headers=headers))
+
+    # --- following ----------------------------------------------------------------------------------------------------
+    def progress(self, revision: int, *, timeout_s: float | None) -> Iterator[api.Progress]:
+        """Yield what happens towards *revision*, up to and with the "done"; TimeoutError when that takes too long."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+
+        def silence() -> float:
+            left = SILENCE_S if deadline is None else deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            return min(left, SILENCE_S)
+
+        while True:
+            for step in self._stream("progress", api.Progress, {"revision": revision}, silence):
+                yield step
+                if step.what == "done":
+                    return
+                silence()
+            time.sleep(RETRY_MS[2] / 1000)
+
+    def follow_events(
+        self, *, after: int, kind: str | None = None, service: str | None = None, actor: str | None = None
+    ) -> Iterator[api.Event]:
+        """Yield events with numbers above *after* for ever, each once, across restarts of the server."""
+        while True:
+            query = {"after": after, "kind": kind, "service": service, "actor": actor}
+            for event in self._stream("events", api.Event, query, lambda: None):
+                if event.number > after:
+                    after = event.number
+                    yield event
+            time.sleep(RETRY_MS[2] / 1000)
+
+    def logs(
+        self,
+        service: str,
+        *,
+        instance: str | None = None,
+        tenement: str | None = None,
+        since: float | None = None,
+        tail: int | None = None,
+        grep: str | None = None,
+        follow: bool = False,
+    ) -> Iterator[api.LogLine]:
+        """Yield log lines; with *follow* for ever, across restarts of the server, each once."""
+        query: dict[str, Any] = {"service": service, "id": instance, "tenement": tenement, "grep": grep}
+        recent: deque[api.LogLine] = deque(maxlen=RECENT_LINES)
+        while True:
+            seen = Counter(recent)
+            extra = {"since": since, "tail": tail, "follow": 1 if follow else None}
+            for line in self._stream("logs", api.LogLine, {**query, **extra}, lambda: None):
+                if seen[line] > 0:
+                    seen[line] -= 1
+                    continue
+                recent.append(line)
+                yield line
+            if not follow:
+                return
+            if recent:
+                since, tail = recent[-1].at - LOG_OVERLAP_S, None
+            time.sleep(RETRY_MS[2] / 1000)
+
+    # --- the wire -----------------------------------------------------------------------------------------------------
+    def _call(self, method: str, path: str, answer: type[T], /, *, body: object = None, **query: object) -> T:
+        params = _present(query)
+        content = None if body is None else msgspec.json.encode(body)
+        headers = {} if body is None else {"content-type": "application/json"}
+        got = self._send(lambda: self._http.request(method, path, params=params, content=content, headers=headers))
+        return _decode(got.content, answer)
+
+    def _send(self, send: Callable[[], httpx.Response], *, accept: tuple[int, ...] = ()) -> httpx.Response:
+        """Send until there is an answer; what *send* does must be safe to repeat."""
+        self._check_permission()
+        deadline = time.monotonic() + self.deadline_s
+        for attempt in range(1_000_000):
+            try:
+                self._knock()
+                answer = send()
+            except httpx.TransportError as error:
+                failed: SlumError = self._lost(error)
+                retry = self._answered or _keeper_lives(self.home)
+            else:
+                self._answered = True
+                if answer.status_code < 400 or answer.status_code in accept:
+                    return answer
+                failed = problem_of(answer.status_code, answer.content)
+                retry = isinstance(failed, QuorumLost)
+            pause = RETRY_MS[min(attempt, len(RETRY_MS) - 1)] / 1000
+            if not retry or time.monotonic() + pause > deadline:
+                raise failed
+            time.sleep(pause)
+        raise AssertionError("unreachable: the deadline ends the loop")
+
+    def _stream(
+        self, path: str, kind: type[T], query: dict[str, Any], silence: Callable[[], float | None]
+    ) -> Iterator[T]:
+        """Yield the documents of one event stream; returns when it ends, is cut, or is silent too long."""
+        headers = {"accept": "text/event-stream"}
+        request = self._http.build_request("GET", path, params=_present(query), headers=headers)
+        request.extensions["timeout"] = {"connect": 5.0, "write": 5.0, "pool": 5.0, "read": silence()}
+        answer = self._send(lambda: self._open(request))
+        try:
+            for event, data in parse_events(answer.iter_bytes()):
+                if event == "error":
+                    raise _raised(_decode(data, api.Problem))
+                yield _decode(data, kind)
+        except httpx.TransportError:
+            return
+        finally:
+            answer.close()
+
+    def _knock(self) -> None:
+        """Raise ConnectError when nobody listens. httpcore 1.0.9 leaks the socket of a connect that fails: ask first."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            try:
+                probe.connect(str(self.home.api_socket))
+            except OSError as error:
+                raise httpx.ConnectError(str(error)) from error
+
+    def _open(self, request: httpx.Request) -> httpx.Response:
+        answer = self._http.send(request, stream=True)
+        if answer.status_code >= 400:
+            answer.read()
+        return answer
+
+    def _lost(self, error: httpx.TransportError) -> Unreachable:
+        if not self._answered and not _keeper_lives(self.home):
+            return Unreachable(
+                f"no control plane on this machine ({self.home.api_socket})",
+                hint="`slum apply` starts one, or `slum up`; --run-dir or SLUM_RUN_DIR name another place",
+            )
+        what = "does not answer in time" if isinstance(error, httpx.TimeoutException) else f"does not answer ({error})"
+        return Unreachable(f"the control plane {what}", hint="`slum up` starts it again; services go on meanwhile")
+
+    def _check_permission(self) -> None:
+        try:
+            self.home.api_socket.stat()
+        except PermissionError as error:
+            raise Unreachable(
+                f"no permission to use the control plane at {self.home.api_socket}",
+                hint="it belongs to another user: use sudo, or your own with --data-dir and --run-dir",
+            ) from error
+        except OSError:
+            return
+
+    def _request_id(self) -> str:
+        return new_request_id(secrets.token_hex(16), self.seq if self.seq is not None else self.status().ledger.seq)
+
+    def _saw(self, seq: int) -> None:
+        self.seq = max(self.seq or 0, seq)
+
+
+def parse_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
+    """Yield (event, data) of a text/event-stream; comments and other fields are skipped, an unfinished event is dropped.
+
+    Lines end at LF or CRLF only: httpx's own iter_lines also splits at U+2028 and U+0085, which JSON may hold unescaped.
+    See https://html.spec.whatwg.org/multipage/server-sent-events.html (9.2.6).
+    """
+    event, data, rest = "message", [], b""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        for raw in lines:
+            line = raw.removesuffix(b"\r")
+            if not line:
+                if data:
+                    yield event, b"\n".join(data)
+                event, data = "message", []
+                continue
+            field, _, value = line.partition(b":")
+            value = value.removeprefix(b" ")
+            if field == b"data":
+                data.append(value)
+            elif field == b"event":
+                event = value.decode("utf-8", "replace")
+
+
+def _chunks(path: Path, sent: Callable[[int], None]) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk
+            sent(len(chunk))
+
+
+def _present(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _decode(data: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except msgspec.DecodeError as error:
+        raise SlumError(
+            f"the control plane's answer is not understood: {error}",
+            hint="client and server may be of different versions: `slum version`",
+        ) from error
+
+
+def problem_of(status: int, body: bytes) -> SlumError:
+    """Return the error that an HTTP answer stands for."""
+    try:
+        return _raised(msgspec.json.decode(body, type=dict[str, api.Problem])["error"])
+    except (msgspec.DecodeError, KeyError):
+        text = body[:200].decode("utf-8", "replace").strip()
+        return QuorumLost(f"the control plane is busy: {text}") if status == 503 else SlumError(
+            f"the control plane answered {status}: {text or 'nothing'}"
+        )
+
+
+def _raised(problem: api.Problem) -> SlumError:
+    kind = BY_CODE.get(problem.code, SlumError)
+    if kind is ConfigError:
+        return ConfigError(problem.message, hint=problem.hint, problems=problem.details)
+    if kind is Conflict:
+        return Conflict(problem.message, hint=problem.hint, changes=problem.details)
+    return kind(problem.message, hint=problem.hint)
+
+
+def _keeper_lives(home: Home) -> bool:
+    """Tell whether somebody is there who restarts the server."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        try:
+            probe.connect(os.fspath(home.keeper_socket))
+        except OSError:
+            return False
+    return True
