@@ -35,6 +35,9 @@ from slum.node.observed import Draining, Ended, Generation, Observed, Ready, Sta
 from slum.node.supervise import plan
 
 
+SETTINGS = Settings(max_restarts=3, backoff_base_ms=100, backoff_max_ms=2_000, restart_window_s=20.0)
+
+
 @dataclass(frozen=True)
 class Nature:
     """How the processes of one release behave. None: never."""
@@ -60,7 +63,7 @@ class Process:
 class World:
     wants: dict[Key, Want] = field(default_factory=dict)
     natures: dict[str, Nature] = field(default_factory=dict)
-    settings: Settings = Settings(max_restarts=3, backoff_base_ms=100, backoff_max_ms=2_000, restart_window_s=20.0)
+    settings: Settings = SETTINGS
     now: float = 1_000.0
     observed: dict[Key, Observed] = field(default_factory=dict)
     preparations: dict[str, Preparation] = field(default_factory=dict)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from supervise_world import Nature, World
 from slum.model import Deploy, Key, Listen, Restart, Service
 from slum.node.actions import Drain, GiveUp, Publish, Start, Terminate, Unpublish
 from slum.node.observed import Draining, Ready, rebooted
+from slum.node.supervise import waits_for
 
 WEB = Key(tenement="t", service="web", id="main")
 WEB_SERVICE = Service(name="web", command=("web",), drain_timeout_s=5, stop_timeout_s=2, startup_timeout_s=3)
@@ -20,8 +22,6 @@ DEAD = Nature(healthy_after=None, exits_after=0.05, status=2)
 
 
 def web(**changes: object) -> Service:
-    import msgspec
-
     return msgspec.structs.replace(WEB_SERVICE, **changes)
 
 
@@ -223,11 +223,8 @@ def test_a_finished_job_satisfies_its_dependents() -> None:
     for status, expected in ((0, ["r1"]), (1, [])):
         world = World(natures={"job": Nature(healthy_after=None, exits_after=1.0, status=status)})
         world.want(job, "job")
-        seen_nothing = web(depends_on=())
-        world.want(seen_nothing, "r0")
+        world.want(WEB_SERVICE, "r0")
         world.run(5)
-        from slum.node.supervise import waits_for
-
         want = world.wants[WEB]
         dependent = msg(want, service=web(depends_on=("db",)))
         ids = {"db": [Key(tenement="t", service="db", id="main")]}
@@ -312,8 +309,6 @@ def test_a_reboot_forgives_failures_and_keeps_finished_jobs_finished() -> None:
 
 
 def msg(struct, **changes):  # type: ignore[no-untyped-def]
-    import msgspec
-
     return msgspec.structs.replace(struct, **changes)
 
 
@@ -370,7 +365,7 @@ def play(world: World, service: Service, steps: list[tuple[str, str, float]]) ->
 
 
 @settings(max_examples=150, deadline=None)
-@given(service=SERVICES, natures=st.fixed_dictionaries({r: NATURES for r in "abc"}), steps=STEPS)
+@given(service=SERVICES, natures=st.fixed_dictionaries(dict.fromkeys("abc", NATURES)), steps=STEPS)
 def test_whatever_happens_no_rule_is_broken_and_it_settles(
     service: Service, natures: dict[str, Nature], steps: list[tuple[str, str, float]]
 ) -> None:
@@ -395,7 +390,7 @@ def test_whatever_happens_no_rule_is_broken_and_it_settles(
 @settings(max_examples=100, deadline=None)
 @given(
     listen=st.sampled_from([Listen.SOCKET, Listen.FD]),
-    natures=st.fixed_dictionaries({r: NATURES for r in "bc"}),
+    natures=st.fixed_dictionaries(dict.fromkeys("bc", NATURES)),
     steps=st.lists(
         st.tuples(st.just("want"), st.sampled_from("abc"), st.sampled_from([0.0, 0.3, 2.0, 20.0])),
         min_size=1,
