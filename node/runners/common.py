@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import resource
 import stat
-from pathlib import Path
 
 from slum.node.types import Unavailable
 from slum.paths import Home
@@ -25,11 +24,6 @@ def rlimits() -> dict[str, tuple[int, int]]:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = OPEN_FILES_MAX if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES_MAX)
     return {"core": (0, 0), "nofile": (files, files)}
-
-
-def oom_score() -> int | None:
-    """Return 0, so that a service inherits no protection from the keeper; None where this user may not lower it to 0."""
-    return None if int(Path("/proc/self/oom_score_adj").read_text()) > 0 else 0
 
 
 def unreachable(home: Home) -> Unavailable | None:

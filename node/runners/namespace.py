@@ -24,7 +24,7 @@ from pathlib import Path
 from slum.errors import SlumError
 from slum.model import Level
 from slum.node import seccomp
-from slum.node.runners.common import PROBE_UID, UMASK, oom_score, rlimits, unreachable
+from slum.node.runners.common import PROBE_UID, UMASK, rlimits, unreachable
 from slum.node.types import Available, Instance, Log, OpenFile, Signalling, Spawn, Unavailable
 from slum.paths import Home
 
@@ -117,7 +117,6 @@ class NamespaceRunner:
             uid=instance.uid if as_user else None,
             gid=instance.gid if as_user else None,
             umask=UMASK,
-            oom_score_adj=oom_score(),
             rlimits=rlimits(),
             cgroup_procs=cgroup.procs_files if cgroup else (),
             listeners=listeners,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from slum.errors import ConfigError
 from slum.model import Level
-from slum.node.runners.common import PROBE_UID, UMASK, oom_score, rlimits, unreachable
+from slum.node.runners.common import PROBE_UID, UMASK, rlimits, unreachable
 from slum.node.types import Available, Instance, Log, Signalling, Spawn, Unavailable
 from slum.paths import Home
 
@@ -71,7 +71,6 @@ class ProcessRunner:
             uid=instance.uid,
             gid=instance.gid,
             umask=UMASK,
-            oom_score_adj=oom_score(),
             rlimits=rlimits(),
             cgroup_procs=cgroup.procs_files if cgroup else (),
             listeners=(instance.listener,) if instance.listener else (),
