@@ -54,12 +54,12 @@ def dotted(at: At) -> str:
     return ".".join(part if isinstance(part, str) and _BARE.fullmatch(part) else shown(part) for part in at)
 
 
-def shown(value: object) -> str:
-    """Return *value* as TOML text, short and free of control characters."""
+def shown(value: object, limit: int = 60) -> str:
+    """Return *value* as TOML text, at most *limit* characters of it, free of control characters."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        text = json.dumps(value if len(value) <= _SHOWN_MAX else value[:_SHOWN_MAX] + "...", ensure_ascii=False)
+        text = json.dumps(value if len(value) <= limit else value[:limit] + "...", ensure_ascii=False)
         return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
     if isinstance(value, dict):
         return "a table"
@@ -78,4 +78,3 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 _BARE = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_SHOWN_MAX = 60
