@@ -16,6 +16,7 @@ from slum.node.uids import UID_FIRST, UID_LAST
 
 ADDRESSES = (("ip", "169.254.169.254"), ("ip6", "fd00:ec2::254"))
 TIMEOUT_S = 5.0
+_PATH = "/usr/sbin:/sbin:/usr/bin:/bin"
 RULES = "\n".join(
     (
         "add table inet slum",
@@ -36,17 +37,21 @@ def install() -> Available | Unavailable:
         return missing
     done = _nft("-f", "-", rules=RULES)
     if done.returncode:
-        why = (done.stderr.strip().splitlines() or ["nft failed"])[0]
-        return Unavailable(why=why, fix="allow netfilter (a VM, or a container with CAP_NET_ADMIN)")
+        return _refused(done)
     return Available(how="169.254.169.254 is refused to services (nftables table slum)")
 
 
-def installed() -> bool:
-    """Return whether the kernel holds the rules now. False also when it cannot be asked."""
-    if obstacle():
-        return False
-    done = _nft("list", "chain", "inet", "slum", "metadata")
-    return done.returncode == 0 and all(address in done.stdout for _, address in ADDRESSES)
+def check() -> Available | Unavailable:
+    """Return whether the rules are in place, or (changing nothing) whether the kernel would take them."""
+    if missing := obstacle():
+        return missing
+    there = _nft("list", "chain", "inet", "slum", "metadata")
+    if there.returncode == 0 and all(address in there.stdout for _, address in ADDRESSES):
+        return Available(how="169.254.169.254 is refused to services (nftables table slum)")
+    tried = _nft("--check", "-f", "-", rules=RULES)
+    if tried.returncode:
+        return _refused(tried)
+    return Available(how="169.254.169.254 will be refused to services (nftables takes the rules)")
 
 
 def obstacle() -> Unavailable | None:
@@ -61,7 +66,12 @@ def obstacle() -> Unavailable | None:
     return None
 
 
-_PATH = "/usr/sbin:/sbin:/usr/bin:/bin"
+def _refused(done: subprocess.CompletedProcess[str]) -> Unavailable:
+    why = (done.stderr.strip().splitlines() or ["no reason given"])[0]
+    return Unavailable(
+        why=f"services reach the metadata address, nftables does not take the rules: {why}",
+        fix="allow netfilter (a VM, or a container with CAP_NET_ADMIN)",
+    )
 
 
 def _nft(*words: str, rules: str | None = None) -> subprocess.CompletedProcess[str]:

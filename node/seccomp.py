@@ -67,13 +67,12 @@ PERSONALITY_QUERY = 0x8000_0000
 
 
 def filter_file(folder: Path) -> Path:
-    """Return the filter's file in *folder*, written by a child process when absent; SlumError when it cannot be made."""
+    """Return the filter's file in *folder* (which exists), written by a child process when absent; SlumError when it cannot be made."""
     if platform.machine() not in ARCHITECTURES:
         raise SlumError(f"there is no system call filter for {platform.machine()}, only for {', '.join(ARCHITECTURES)}")
     file = folder / f"seccomp-{platform.machine()}-{_digest()}.bpf"
     if file.exists():
         return file
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     argv = [sys.executable, "-m", "slum.node.seccomp", str(file)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=20, check=False)
     if done.returncode or not file.exists():

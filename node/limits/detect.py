@@ -41,11 +41,11 @@ class Hierarchy:
     controllers: frozenset[str] = frozenset()
 
 
-def detect(home: Home) -> Limits:
-    """Return what works here, for the slum of *home*; leaves its base folders, which later calls find again."""
+def detect(home: Home, *, name: str | None = None) -> Limits:
+    """Return what works here, for the slum of *home*; leaves its base folders (called *name*), which later calls find again."""
     places: list[Place] = []
     failures: list[str] = []
-    name = base_name(home)
+    name = name or base_name(home)
     hierarchies = read_hierarchies(Path("/proc/self/mountinfo").read_text(), Path("/proc/self/cgroup").read_text())
     for hierarchy in sorted(hierarchies, key=lambda h: (not h.unified, h.mount)):
         if hierarchy.controllers == {CPUACCT} and any(place.unified for place in places):

@@ -5,8 +5,10 @@ Reads this process's own limits and the modes of folders; starts nothing.
 
 from __future__ import annotations
 
+import os
 import resource
 import stat
+from pathlib import Path
 
 from slum.node.types import Unavailable
 from slum.paths import Home
@@ -36,3 +38,11 @@ def unreachable(home: Home) -> Unavailable | None:
                     why=why, fix=f"chmod o+x {parent}, or choose another place with --data-dir or --run-dir"
                 )
     return None
+
+
+def make_private(home: Home) -> Path:
+    """Return *home*'s private run folder, made when slum has not been started yet (`slum doctor`, say)."""
+    for folder, mode in ((home.run, 0o711 if os.geteuid() == 0 else 0o700), (home.private, 0o700)):
+        if not folder.exists():
+            folder.mkdir(mode=mode, parents=folder is home.run, exist_ok=True)
+    return home.private

@@ -24,7 +24,7 @@ from pathlib import Path
 from slum.errors import SlumError
 from slum.model import Level
 from slum.node import seccomp
-from slum.node.runners.common import PROBE_UID, UMASK, rlimits, unreachable
+from slum.node.runners.common import PROBE_UID, UMASK, make_private, rlimits, unreachable
 from slum.node.types import Available, Instance, Log, OpenFile, Signalling, Spawn, Unavailable
 from slum.paths import Home
 
@@ -72,7 +72,7 @@ class NamespaceRunner:
         if not (binaries := find_bwrap()):
             return Unavailable(why="bubblewrap (bwrap) is not installed", fix=INSTALL)
         try:
-            filter_file = str(seccomp.filter_file(self._home.private / "walls"))
+            filter_file = str(seccomp.filter_file(make_private(self._home)))
         except (SlumError, OSError, subprocess.SubprocessError) as error:
             return Unavailable(
                 why=str(error), fix="apt install libseccomp2, and see that the run folder can be written"
