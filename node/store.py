@@ -1,0 +1,171 @@
+"""What the agent keeps on its disk: the newest desired config, and of each instance what a new agent must know.
+
+Files in Home.agent (0700): desired.json, written atomically and fsynced, so that a reboot without a control plane restores
+the services; instances/<short key>.json with the generation counter, past exits, what was given up and what was last healthy,
+written atomically before a start but not fsynced (a lost one costs some history, never a double start, since the keeper's
+table is lost with it). A marker in the run folder tells a new agent from a reboot. Never holds the value of a secret.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from slum.frozen import Frozen, Sparse
+from slum.model import Key, Service
+from slum.node.observed import Good, Mark, Observed, Past, Target
+from slum.paths import Home, short_key
+from slum.wire import Desired
+
+
+class Identity(Frozen):
+    """Who this machine is in the fleet: Home.identity, written by the operator."""
+
+    tenement: str
+    machine: str
+
+
+class Memory(Sparse):
+    """The part of an Observed that outlives the agent; *services* defines the releases of what may be running."""
+
+    key: Key
+    counter: int = 0
+    serving: int | None = None
+    target: Target | None = None
+    since: float = 0.0
+    past: tuple[Past, ...] = ()
+    marks: tuple[Mark, ...] = ()
+    good: Good | None = None
+    restarts: int = 0
+    services: dict[str, Service] = {}
+
+
+class Store:
+    """The agent's folder. One agent at a time."""
+
+    def __init__(self, home: Home) -> None:
+        self._home = home
+        self._instances = home.agent / "instances"
+        self._marker = home.private / "agent.up"
+        self._saved: dict[Key, Memory] = {}
+        self._instances.mkdir(parents=True, mode=0o700, exist_ok=True)
+
+    def first_since_boot(self) -> bool:
+        """Tell whether the run folder is new, that is: after a reboot. True once."""
+        if self._marker.exists():
+            return False
+        self._marker.parent.mkdir(parents=True, mode=0o700, exist_ok=True)
+        self._marker.touch(mode=0o600)
+        return True
+
+    def identity(self) -> Identity | None:
+        """Return who we are; None while the operator has not said so."""
+        with suppress(FileNotFoundError, msgspec.DecodeError):
+            return msgspec.json.decode(self._home.identity.read_bytes(), type=Identity)
+        return None
+
+    def desired(self) -> Desired | None:
+        """Return the newest desired config that was kept; None when there is none or it cannot be read."""
+        try:
+            return msgspec.json.decode((self._home.agent / "desired.json").read_bytes(), type=Desired)
+        except (FileNotFoundError, msgspec.DecodeError):
+            return None
+
+    def keep_desired(self, desired: Desired) -> None:
+        """Have *desired* on disk before returning."""
+        write_atomically(self._home.agent / "desired.json", msgspec.json.encode(desired), sync=True)
+
+    def memories(self) -> tuple[list[Memory], list[str]]:
+        """Return all instances that were kept, and the names of files that cannot be read."""
+        good, bad = [], []
+        for file in sorted(self._instances.glob("*.json")):
+            try:
+                memory = msgspec.json.decode(file.read_bytes(), type=Memory)
+            except msgspec.DecodeError:
+                bad.append(file.name)
+                continue
+            self._saved[memory.key] = memory
+            good.append(memory)
+        return good, bad
+
+    def save(self, seen: Observed) -> None:
+        """Keep what must outlive this agent, when it changed."""
+        memory = memory_of(seen)
+        if self._saved.get(seen.key) != memory:
+            write_atomically(self._file(seen.key), msgspec.json.encode(memory), sync=False)
+            self._saved[seen.key] = memory
+
+    def forget(self, key: Key) -> None:
+        self._saved.pop(key, None)
+        self._file(key).unlink(missing_ok=True)
+
+    def service(self, key: Key, release: str) -> Service | None:
+        """Return the definition of a release that ran here, as it was kept."""
+        memory = self._saved.get(key)
+        return memory.services.get(release) if memory else None
+
+    def pre_deployed(self) -> set[str]:
+        """Return the releases whose pre_deploy was done here."""
+        with suppress(FileNotFoundError, msgspec.DecodeError):
+            return set(msgspec.json.decode((self._home.agent / "pre_deployed.json").read_bytes(), type=list[str]))
+        return set()
+
+    def keep_pre_deployed(self, releases: set[str]) -> None:
+        data = msgspec.json.encode(sorted(releases))
+        write_atomically(self._home.agent / "pre_deployed.json", data, sync=True)
+
+    def _file(self, key: Key) -> Path:
+        return self._instances / f"{short_key(str(key))}.json"
+
+
+def memory_of(seen: Observed) -> Memory:
+    return Memory(
+        key=seen.key,
+        counter=seen.counter,
+        serving=seen.serving,
+        target=seen.target,
+        since=seen.since,
+        past=seen.past,
+        marks=seen.marks,
+        good=seen.good,
+        restarts=seen.restarts,
+        services={g.release: g.service for g in seen.generations},
+    )
+
+
+def observed_of(memory: Memory) -> Observed:
+    """Return *memory* as the beginning of an Observed; its generations are then adopted from the keeper."""
+    return Observed(
+        key=memory.key,
+        counter=memory.counter,
+        serving=memory.serving,
+        target=memory.target,
+        since=memory.since,
+        past=memory.past,
+        marks=memory.marks,
+        good=memory.good,
+        restarts=memory.restarts,
+    )
+
+
+def write_atomically(file: Path, data: bytes, *, sync: bool) -> None:
+    """Replace *file* by *data* as a whole; with *sync*, on disk before returning."""
+    unfinished = file.with_suffix(".new")
+    with open(unfinished, "wb", buffering=0, opener=_private) as out:
+        out.write(data)
+        if sync:
+            os.fsync(out.fileno())
+    unfinished.rename(file)
+    if sync:
+        folder = os.open(file.parent, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

@@ -1,0 +1,150 @@
+"""A WebSocket client over a unix socket, as small as an agent needs it: whole binary messages, ping answered, bounded.
+
+wsproto does the protocol (RFC 6455). A message over wire.FRAME_BYTES_MAX, a refused upgrade and a lost connection are
+Unreachable. One reader and one writer at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from pathlib import Path
+from types import TracebackType
+
+from wsproto import ConnectionType, WSConnection
+from wsproto.events import (
+    AcceptConnection,
+    BytesMessage,
+    CloseConnection,
+    Message,
+    Ping,
+    RejectConnection,
+    RejectData,
+    Request,
+)
+from wsproto.utilities import ProtocolError
+
+from slum.errors import Unreachable
+from slum.wire import FRAME_BYTES_MAX
+
+READ_BYTES = 64 << 10
+REASON_BYTES_MAX = 4096
+CLOSE_S = 1.0
+
+
+class WebSocket:
+    """An open connection; made by ``connect``, ended by leaving its ``async with``."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._protocol = WSConnection(ConnectionType.CLIENT)
+        self._messages: deque[bytes] = deque()
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._open = False
+        self._refusal = bytearray()
+        self.heard_at = asyncio.get_running_loop().time()
+        """When anything last came, in the loop's time."""
+
+    async def __aenter__(self) -> WebSocket:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def send(self, data: bytes) -> None:
+        """Send one message; returns when the connection takes more (its buffer is below the high-water mark)."""
+        try:
+            self._writer.write(self._protocol.send(BytesMessage(data=data)))
+            await self._writer.drain()
+        except (OSError, ProtocolError) as error:
+            raise Unreachable(f"the member is gone: {error}") from error
+
+    async def ping(self) -> None:
+        """Ask for a sign of life; it shows in ``heard_at``."""
+        try:
+            self._writer.write(self._protocol.send(Ping()))
+            await self._writer.drain()
+        except (OSError, ProtocolError) as error:
+            raise Unreachable(f"the member is gone: {error}") from error
+
+    async def receive(self) -> bytes:
+        """Return the next message."""
+        while not self._messages:
+            await self._read()
+        return self._messages.popleft()
+
+    async def close(self) -> None:
+        """Say goodbye if that is still possible, and close."""
+        try:
+            if self._open:
+                self._writer.write(self._protocol.send(CloseConnection(code=1000)))
+        except (OSError, ProtocolError):
+            self._open = False
+        self._writer.close()
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                await self._writer.wait_closed()
+        except (OSError, TimeoutError):
+            self._writer.transport.abort()
+
+    async def _upgrade(self, target: str) -> None:
+        self._writer.write(self._protocol.send(Request(host="slum", target=target)))
+        while not self._open:
+            await self._read()
+
+    async def _read(self) -> None:
+        try:
+            data = await self._reader.read(READ_BYTES)
+            self.heard_at = asyncio.get_running_loop().time()
+            self._protocol.receive_data(data or None)
+            for event in self._protocol.events():
+                self._take(event)
+        except (OSError, ProtocolError) as error:
+            raise Unreachable(f"the member is gone: {error}") from error
+
+    def _take(self, event: object) -> None:
+        match event:
+            case AcceptConnection():
+                self._open = True
+            case RejectConnection(status_code=status, has_body=has_body):
+                if not has_body:
+                    raise Unreachable(f"the member refused the connection with HTTP {status}")
+            case RejectData(data=data, body_finished=finished):
+                self._refusal += bytes(data)[: REASON_BYTES_MAX - len(self._refusal)]
+                if finished:
+                    raise Unreachable(f"the member refused the connection: {self._refusal.decode('utf-8', 'replace')}")
+            case Message(data=part, message_finished=finished):
+                self._parts.append(part.encode() if isinstance(part, str) else bytes(part))
+                self._size += len(self._parts[-1])
+                if self._size > FRAME_BYTES_MAX:
+                    raise Unreachable(f"the member sent a message over {FRAME_BYTES_MAX} bytes")
+                if finished:
+                    self._messages.append(b"".join(self._parts))
+                    self._parts, self._size = [], 0
+            case Ping():
+                self._writer.write(self._protocol.send(event.response()))
+            case CloseConnection(code=code, reason=reason):
+                self._open = False
+                raise Unreachable(f"the member closed the connection ({code}{': ' + reason if reason else ''})")
+
+
+async def connect(path: Path, target: str, timeout_s: float) -> WebSocket:
+    """Return an open WebSocket to *target* at the unix socket *path*; Unreachable when there is none in time."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            reader, writer = await asyncio.open_unix_connection(str(path), limit=READ_BYTES)
+            socket = WebSocket(reader, writer)
+            try:
+                await socket._upgrade(target)
+            except BaseException:
+                await socket.close()
+                raise
+            return socket
+    except TimeoutError:
+        raise Unreachable(f"no answer at {path} within {timeout_s:g} s") from None
+    except OSError as error:
+        raise Unreachable(f"nobody answers at {path}: {error.strerror}") from error
