@@ -1,0 +1,71 @@
+"""What an operator is: three verbs that find, make and destroy machines, each safe to repeat, and no policy.
+
+The reconciler decides, commits an intent, calls with the operator's deadline, and commits the outcome; so after any
+crash the next leader knows what may exist. An operator never retries across calls, places nothing, and raises only
+SlumError (OperatorError with the provider's status, code and request id). Optional powers are protocols of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from slum.frozen import Frozen
+
+
+class MachineSpec(Frozen):
+    """The machine that is asked for. *key* is the machine's name with its incarnation and unique for ever in *cluster*."""
+
+    cluster: str
+    key: str
+    machine: str
+    """Its name in the fleet: "here", "workers-2"."""
+    tenement: str
+
+
+class Machine(Frozen):
+    """A machine that exists and carries our label. *id* is the provider's and never reused for another machine."""
+
+    id: str
+    cluster: str
+    key: str
+    machine: str
+    tenement: str
+
+
+class Deadlines(Frozen):
+    """How long a caller shall wait for each verb; after that its outcome is unknown, not failed."""
+
+    observe_s: float = 30.0
+    create_s: float = 300.0
+    destroy_s: float = 120.0
+
+
+class Operator(Protocol):
+    @property
+    def deadlines(self) -> Deadlines: ...
+
+    async def observe(self, cluster: str) -> tuple[Machine, ...]:
+        """Return the machines that carry *cluster*'s label, whether we remember having made them or not."""
+        ...
+
+    async def create(self, spec: MachineSpec) -> Machine:
+        """Make sure that the machine of spec.key exists and starts an agent; the same key gives the same machine."""
+        ...
+
+    async def destroy(self, machine_id: str) -> None:
+        """Make sure that no machine *machine_id* exists; absent is success."""
+        ...
+
+
+class Resize(Protocol):
+    async def resize(self, machine_id: str, size: str) -> None: ...
+
+
+class Power(Protocol):
+    async def is_off(self, machine_id: str) -> bool:
+        """Tell whether the provider vouches that the machine does not run: what replacing a silent one waits for."""
+        ...
+
+
+class Snapshot(Protocol):
+    async def snapshot(self, machine_id: str, name: str) -> str: ...

@@ -1,0 +1,194 @@
+"""The HTTP API: one table of routes, from which the Starlette application and the OpenAPI page are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+
+from starlette.applications import Starlette
+
+from slum import api
+from slum.server import routes_blobs, routes_fleet, routes_read, routes_streams
+from slum.server.control import Control
+from slum.server.openapi import openapi_document
+from slum.server.problems import json_response
+from slum.server.route import Call, Kind, Route, mount, not_found, wrong_method
+
+BLOB_S = 900.0
+
+
+async def get_openapi(call: Call) -> object:
+    return json_response(openapi_document(ROUTES))
+
+
+ROUTES: tuple[Route, ...] = (
+    Route(
+        method="GET",
+        path="/v1/health",
+        handler=routes_read.get_health,
+        response=routes_read.Health,
+        summary="Whether the server runs, and whether it reaches the ledger",
+    ),
+    Route(
+        method="GET",
+        path="/v1/status",
+        handler=routes_read.get_status,
+        response=api.Status,
+        summary="The control plane, its machines, and instances by phase",
+    ),
+    Route(
+        method="GET",
+        path="/v1/state",
+        handler=routes_read.get_state,
+        response=api.State,
+        summary="What a plan is made from, in one consistent answer",
+    ),
+    Route(
+        method="GET",
+        path="/v1/fleet",
+        handler=routes_fleet.get_fleet,
+        query=routes_fleet.FleetQuery,
+        response=api.FleetDoc,
+        summary="The desired fleet, of the newest or a named revision",
+    ),
+    Route(
+        method="PUT",
+        path="/v1/fleet",
+        handler=routes_fleet.put_fleet,
+        request=api.ApplyRequest,
+        body_bytes_max=routes_fleet.FLEET_BYTES_MAX,
+        response=api.Applied,
+        summary="Commit a new desired fleet; 409 says what changed since base_revision",
+    ),
+    Route(
+        method="GET",
+        path="/v1/revisions",
+        handler=routes_fleet.get_revisions,
+        response=tuple[api.Revision, ...],
+        summary="The kept revisions",
+    ),
+    Route(
+        method="POST",
+        path="/v1/actions",
+        handler=routes_fleet.post_actions,
+        request=api.ActionRequest,
+        response=api.Acted,
+        summary="Stop, start or restart instances",
+    ),
+    Route(
+        method="GET",
+        path="/v1/instances",
+        handler=routes_read.get_instances,
+        response=tuple[api.InstanceView, ...],
+        summary="Every instance, declared or reported",
+    ),
+    Route(
+        method="GET",
+        path="/v1/explain/{service}",
+        handler=routes_read.get_explain,
+        response=api.Explanation,
+        summary="Everything known about one service: reports, events, last log lines",
+    ),
+    Route(
+        method="GET",
+        path="/v1/events",
+        handler=routes_read.get_events,
+        query=routes_read.EventsQuery,
+        response=tuple[api.Event, ...],
+        summary="The audit trail; with Accept: text/event-stream it is followed",
+    ),
+    Route(
+        method="GET",
+        path="/v1/events/verify",
+        handler=routes_read.get_verified,
+        response=api.Verified,
+        summary="Whether the chain of event hashes holds",
+    ),
+    Route(
+        method="GET",
+        path="/v1/progress",
+        handler=routes_streams.get_progress,
+        query=routes_streams.ProgressQuery,
+        response=api.Progress,
+        kind=Kind.EVENTS,
+        summary='Each step towards a revision until everything is settled; the last has what = "done"',
+    ),
+    Route(
+        method="GET",
+        path="/v1/logs",
+        handler=routes_streams.get_logs,
+        query=routes_streams.LogsQuery,
+        response=api.LogLine,
+        kind=Kind.EVENTS,
+        summary="Log lines of a service; an event named error carries a Problem",
+    ),
+    Route(
+        method="PUT",
+        path="/v1/blobs/{digest}",
+        handler=routes_blobs.put_blob,
+        kind=Kind.BYTES,
+        deadline_s=BLOB_S,
+        summary="Store a bundle under its sha256; answered when it is on disk",
+    ),
+    Route(
+        method="HEAD",
+        path="/v1/blobs/{digest}",
+        handler=routes_blobs.get_blob,
+        kind=Kind.BYTES,
+        summary="Whether a bundle is here; if so it is kept for an hour at least",
+    ),
+    Route(
+        method="GET",
+        path="/v1/blobs/{digest}",
+        handler=routes_blobs.get_blob,
+        kind=Kind.BYTES,
+        deadline_s=BLOB_S,
+        summary="A bundle's bytes",
+    ),
+    Route(
+        method="GET",
+        path="/v1/exec",
+        handler=routes_streams.get_exec,
+        query=routes_streams.ShellQuery,
+        kind=Kind.WEBSOCKET,
+        summary="A command inside the wall of a running instance",
+    ),
+    Route(
+        method="GET",
+        path="/v1/run",
+        handler=routes_streams.get_run,
+        query=routes_streams.ShellQuery,
+        kind=Kind.WEBSOCKET,
+        summary="A one-off command behind a new wall like the service's",
+    ),
+    Route(
+        method="GET",
+        path="/v1/agent",
+        handler=routes_streams.get_agent,
+        kind=Kind.WEBSOCKET,
+        summary="An agent's connection: slum.wire, msgpack",
+    ),
+    Route(
+        method="GET",
+        path="/v1/agent/streams/{id}",
+        handler=routes_streams.get_agent_stream,
+        kind=Kind.WEBSOCKET,
+        summary="An agent's end of a stream that it was asked for; an id is valid once",
+    ),
+    Route(
+        method="GET",
+        path="/openapi.json",
+        handler=get_openapi,
+        summary="This API as OpenAPI 3.1",
+        response=dict,
+    ),
+)
+
+
+def make_app(control: Control, lifespan: Callable[[Starlette], AbstractAsyncContextManager[None]]) -> Starlette:
+    """Return the ASGI application that serves ROUTES with *control*."""
+    return Starlette(
+        routes=[mount(route, control) for route in ROUTES],
+        lifespan=lifespan,
+        exception_handlers={404: not_found, 405: wrong_method},
+    )

@@ -1,0 +1,93 @@
+"""What every request handler is given: the ledger to write to, the view to read from, the agents, streams and blobs.
+
+One a process. ``world`` is the one way to read the desire; it also hands what is newer to the agents' hub, so that an
+answer and a push never disagree for long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+
+from slum import api
+from slum.errors import ConfigError, Conflict, QuorumLost, SlumError
+from slum.ledger.commands import AnyCommand, Done, Proposal, Rejected
+from slum.paths import Home
+from slum.server import observed
+from slum.server.agents import Hub
+from slum.server.blobs import Blobs
+from slum.server.link import Link
+from slum.server.notes import Notes
+from slum.server.pulse import Pulse
+from slum.server.streams import Streams
+from slum.server.view import View, World
+
+PROPOSE_S = 5.0
+RETRY_S = 0.2
+
+
+class Control:
+    def __init__(self, home: Home, link: Link, view: View) -> None:
+        self.home = home
+        self.link = link
+        self.view = view
+        self.committed = Pulse()
+        """Beats when the ledger's seq moved."""
+        self.changed = Pulse()
+        """Beats when the ledger's seq moved, an agent reported, came or went."""
+        self.notes = Notes()
+        self.hub = Hub(self.changed, self.notes)
+        self.streams = Streams()
+        self.blobs = Blobs(home.blobs)
+        self.troubles: dict[str, str] = {}
+        """By machine: why its operator did not do what is wanted."""
+        self.started_at = time.time()
+        self.pid = os.getpid()
+
+    def world(self) -> World:
+        """Return the newest committed state; what changed with it is pushed to the agents."""
+        world = self.view.world()
+        self.hub.take(world)
+        return world
+
+    def instances(self) -> tuple[api.InstanceView, ...]:
+        return observed.instances(self.world(), self.hub.seen, time.monotonic())
+
+    def tenements(self) -> tuple[api.TenementView, ...]:
+        return observed.tenements(self.world(), self.hub.seen, self.troubles, time.monotonic(), self.hub.started)
+
+    async def commit(
+        self, command: AnyCommand, request_id: str, actor: str, deadline_s: float = PROPOSE_S
+    ) -> Done | Rejected:
+        """Propose *command*; afterwards ``world`` shows its effect. QuorumLost when it cannot be committed now."""
+        proposal = Proposal(command=command, request_id=request_id, actor=actor)
+        result = await self.link.propose(proposal, deadline_s=deadline_s)
+        self.world()
+        return result
+
+    async def watch(self) -> None:
+        """Notice every move of the ledger's seq, for ever: push to the agents, wake who waits."""
+        seq = 0
+        while True:
+            try:
+                newest = await self.link.wait(seq, deadline_s=30.0)
+                if newest > seq:
+                    self.world()
+            except QuorumLost:
+                await asyncio.sleep(RETRY_S)
+                continue
+            if newest > seq:
+                seq = newest
+                self.committed.beat()
+                self.changed.beat()
+
+
+def rejection(result: Rejected) -> SlumError:
+    """Return the error that stands for *result* where no better words are known."""
+    match result.code:
+        case "conflict":
+            return Conflict(result.why, hint="look at `slum plan` and apply again", changes=result.details)
+        case "too_old" | "stale" | "fenced":
+            return QuorumLost(result.why, hint="nothing was changed: do it again")
+    return ConfigError(result.why, problems=result.details)

@@ -1,0 +1,118 @@
+"""One example of each document that the API takes or gives; shown in the OpenAPI page, held valid by a test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from slum import __version__, api, wire
+from slum.model import Fleet, LocalOperator, Service, Stamp, Tenement
+from slum.server.routes_read import Health
+
+_FLEET = Fleet(
+    name="quickstart",
+    operators=(LocalOperator(name="local"),),
+    tenements=(
+        Tenement(
+            name="here",
+            operator="local",
+            services=(Service(name="notes", command=("python3", "app.py"), health="/healthz", memory_limit_mb=256),),
+        ),
+    ),
+)
+_REPORT = wire.InstanceReport(
+    service="notes",
+    id="main",
+    phase=wire.Phase.HEALTHY,
+    release="9f2c" * 16,
+    serving=1,
+    serving_release="9f2c" * 16,
+    health="GET /healthz -> 200 in 2 ms",
+    pid=4121,
+    since=1795000000.4,
+    memory_bytes=21_000_000,
+    url="http://notes.localhost:8080",
+)
+_INSTANCE = api.InstanceView(tenement="here", isolation="namespace", report=_REPORT)
+_TENEMENT = api.TenementView(
+    name="here",
+    tenement="here",
+    operator="local",
+    state="ready",
+    machine="local:m1",
+    stamp=Stamp(generation=1, seq=12),
+    version=__version__,
+    host="box",
+    contact_s=0.4,
+    instances=1,
+)
+_LEDGER = api.LedgerView(
+    cluster="6f1d0c2a9b3e4f58",
+    generation=1,
+    epoch=1,
+    term=1,
+    seq=14,
+    leader="m1",
+    members=(api.MemberView(id="m1", role="leader"),),
+)
+_EVENT = api.Event(
+    seq=12,
+    number=31,
+    at=1795000000.1,
+    actor="root@laptop",
+    kind="service_changed",
+    subject="service:notes",
+    why="apply",
+    before={"memory_limit_mb": 128},
+    after={"memory_limit_mb": 256},
+    hash="c0ffee" + "0" * 58,
+)
+_REVISION = api.Revision(
+    revision=1, at=1795000000.1, actor="root@laptop", why="apply", summary="1 service added", digest="ab12" * 16
+)
+_LINE = api.LogLine(tenement="here", service="notes", id="main", at=1795000000.5, text="listening")
+_REQUEST_ID = "0f" * 16 + ":12"
+
+EXAMPLES: dict[Any, object] = {
+    Health: Health(ok=True, ledger=True),
+    api.Status: api.Status(
+        version=__version__,
+        fleet="quickstart",
+        domain="localhost",
+        revision=1,
+        pid=4100,
+        data_dir="/var/lib/slum",
+        started_at=1794999990.0,
+        now=1795000010.0,
+        ledger=_LEDGER,
+        tenements=(_TENEMENT,),
+        counts={"healthy": 1},
+    ),
+    api.State: api.State(
+        revision=1,
+        fleet=_FLEET,
+        seq=14,
+        tenements=(_TENEMENT,),
+        instances=(_INSTANCE,),
+        overrides={"here": (wire.Override(service="notes", id="main", restarts=1),)},
+    ),
+    api.FleetDoc: api.FleetDoc(revision=1, fleet=_FLEET, digest="ab12" * 16, at=1795000000.1, actor="root@laptop"),
+    api.ApplyRequest: api.ApplyRequest(fleet=_FLEET, base_revision=0, request_id=_REQUEST_ID, host="laptop"),
+    api.Applied: api.Applied(revision=1, seq=12, changed=True),
+    tuple[api.Revision, ...]: (_REVISION,),
+    api.ActionRequest: api.ActionRequest(verb="restart", service="notes", request_id=_REQUEST_ID),
+    api.Acted: api.Acted(seq=15, instances=("here/notes/main",)),
+    tuple[api.InstanceView, ...]: (_INSTANCE,),
+    api.Explanation: api.Explanation(
+        service="notes",
+        instances=(_INSTANCE,),
+        events=(_EVENT,),
+        logs=(_LINE,),
+        desired="revision 1, release 9f2c9f2c9f2c, by root@laptop at 2026-11-18T12:26:40Z",
+    ),
+    tuple[api.Event, ...]: (_EVENT,),
+    api.Verified: api.Verified(ok=True, events=31, seq=14),
+    api.Progress: api.Progress(
+        what="instance", name="here/notes/main", service="notes", state="healthy", took_s=0.3, final=True, serving=1
+    ),
+    api.LogLine: _LINE,
+}

@@ -1,0 +1,38 @@
+"""Errors as the API says them: ``{"error": Problem}`` with the HTTP status of api.STATUS."""
+
+from __future__ import annotations
+
+import msgspec
+from starlette.responses import Response
+
+from slum import api
+from slum.errors import ConfigError, Conflict, QuorumLost, SlumError
+
+BUG = api.Problem(
+    code="internal",
+    message="the server met a bug; its log has the traceback",
+    hint="`slum doctor` names the log's file; please report it",
+)
+
+
+def problem_of(error: SlumError) -> api.Problem:
+    details = error.problems if isinstance(error, ConfigError) else error.changes if isinstance(error, Conflict) else ()
+    return api.Problem(code=error.code, message=error.message, hint=error.hint, details=details)
+
+
+def problem_response(error: SlumError, status: int | None = None) -> Response:
+    """Return the answer for *error*; *status* overrides the one of its code (404, 413)."""
+    headers = {"retry-after": "1"} if isinstance(error, QuorumLost) else {}
+    return json_response({"error": problem_of(error)}, status or api.STATUS.get(error.code, 500), headers)
+
+
+def json_response(document: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(document), status, headers, "application/json")
+
+
+class Missing(ConfigError):
+    """What the request names is not there: 404, code "bad_input"."""
+
+
+class TooLarge(ConfigError):
+    """The body is over its cap: 413, code "bad_input"."""

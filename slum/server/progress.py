@@ -1,0 +1,85 @@
+"""The progress stream: tells each step of an apply (or stop, start, restart) until everything is settled.
+
+Steps come from settled.steps, again at each change; only what differs is sent. A step that failed carries the last log
+lines of its instance. The stream ends with "done"; while an agent is away it says so and goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from msgspec.structs import replace
+
+from slum import api, log, wire
+from slum.errors import SlumError
+from slum.server.control import Control
+from slum.server.problems import Missing
+from slum.server.settled import done, releases_of, steps
+from slum.server.sse import Emit
+from slum.server.streams import log_lines
+
+WAKE_S = 5.0
+CALM_S = 0.03
+"""So long after a change before looking again: reports come in bursts."""
+LOG_LINES = 10
+LOG_S = 3.0
+
+
+async def follow(control: Control, revision: int, emit: Emit) -> None:
+    """Emit Progress documents towards *revision* until the one with what = "done"."""
+    world = control.world()
+    if revision > world.revision or revision < 0:
+        raise Missing(f"there is no revision {revision}; the newest is {world.revision}")
+    since = _since(control)
+    releases = releases_of(world.fleet)
+    told: dict[str, api.Progress] = {}
+    while True:
+        seen = control.changed.count
+        world = control.world()
+        if world.revision != revision:
+            why = f"revision {revision} was replaced by revision {world.revision} of {world.actor}"
+            await emit(api.Progress(what="done", ok=False, final=True, detail=why))
+            return
+        found = steps(world, control.hub.seen, control.hub.desired, control.troubles, releases, since=since)
+        for step in found:
+            before = told.get(step.name)
+            if before is None or replace(before, took_s=0.0, logs=()) != replace(step, took_s=0.0):
+                told[step.name] = step
+                await emit(await _with_logs(control, step))
+        for name in told.keys() - {step.name for step in found}:
+            gone = told.pop(name)
+            if gone.state == "leaving":
+                await emit(replace(gone, state="removed", final=True))
+        last = done(found)
+        if last is not None:
+            await emit(last)
+            return
+        await control.changed.wait(seen, WAKE_S)
+        await asyncio.sleep(CALM_S)
+
+
+def _since(control: Control) -> float:
+    """Return when the newest fleet or the newest stop, start or restart was committed."""
+    asked = control.view.reader().events(kind="override_set", limit=1, newest=True)
+    return max([control.world().at, *(event.at for event in asked)])
+
+
+async def _with_logs(control: Control, step: api.Progress) -> api.Progress:
+    """Return *step* with the last log lines of its instance when that failed."""
+    if step.ok or step.what != "instance":
+        return step
+    machine, service, instance = step.name.split("/")
+    return replace(step, logs=tuple(line.text for line in await last_lines(control, machine, service, instance)))
+
+
+async def last_lines(control: Control, machine: str, service: str, instance: str) -> tuple[api.LogLine, ...]:
+    """Return an instance's last log lines, or none when its agent does not give them in time."""
+    request = wire.LogsRequest(service=service, id=instance, tail=LOG_LINES)
+    lines: list[api.LogLine] = []
+    try:
+        async with asyncio.timeout(LOG_S):
+            async with control.streams.open(control.hub.session(machine), request) as end:
+                lines += [line async for line in log_lines(end, service)]
+    except (SlumError, TimeoutError) as error:
+        log.get().info("last_lines_missing", machine=machine, service=service, why=str(error))
+    return tuple(lines[-LOG_LINES:])

@@ -1,0 +1,280 @@
+"""The reconcile loop, on the leader: observe the operators, decide, and for each action commit, act, commit.
+
+It wakes when the ledger moves, an agent reports, an action ends, or half a minute has passed. decide.py decides; here is
+only what touches the world. Each operator is observed and called in tasks of its own: a dead one holds up nobody, its
+error is kept as the trouble of its machines. After a crash the next leader starts from the open intents.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from slum import log, model
+from slum.errors import QuorumLost, SlumError
+from slum.ledger.commands import AnyCommand, Intent, LeaderInfo, Outcome, Rejected, new_request_id
+from slum.operators.base import Machine, MachineSpec, Operator
+from slum.operators.registry import make_operator
+from slum.server.boot import operator_site
+from slum.server.control import Control
+from slum.server.decide import Action, Create, Destroy, Known, Recognise, Situation, Wanted, decide, key_of
+from slum.server.view import World
+
+TIMER_S = 30.0
+CALM_S = 0.02
+OBSERVED_S = 30.0
+"""How long an observation may be used; after an action on that operator it is made anew."""
+DRAIN_S = 120.0
+BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 15.0, 60.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    machines: tuple[Machine, ...] | None
+    """None when the operator did not answer."""
+    until: float
+
+
+class Reconciler:
+    def __init__(self, control: Control) -> None:
+        self._control = control
+        self._sights: dict[str, Sight] = {}
+        self._looking: set[str] = set()
+        self._acts: Counter[str] = Counter()
+        """Actions ended, by operator: an observation that one of them overtook is not used."""
+        self._busy: set[str] = set()
+        self._failures: dict[str, tuple[int, float]] = {}
+        """By machine: how often it failed in a row, and when (monotonic) it may be tried again."""
+        self._leaving: dict[str, float] = {}
+        """By machine: since when (monotonic) it is to be drained."""
+
+    async def run(self) -> None:
+        """Reconcile until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            while True:
+                seen = self._control.changed.count
+                try:
+                    leader = await self._control.link.leader()
+                    if leader.is_self:
+                        for action in self._decide(leader, group):
+                            self._busy.add(action.machine)
+                            group.create_task(self._perform(action, leader), name=f"reconcile {action.machine}")
+                except QuorumLost as error:
+                    log.get().info("reconcile_waits", why=error.message)
+                    await asyncio.sleep(BACKOFF_S[0])
+                await self._control.changed.wait(seen, self._pause())
+                await asyncio.sleep(CALM_S)
+
+    def _pause(self) -> float:
+        """Return how long nothing needs to be looked at, unless something changes."""
+        now = time.monotonic()
+        waits = [at - now for _, at in self._failures.values() if at > now]
+        waits += [since + DRAIN_S - now for since in self._leaving.values()]
+        return min([TIMER_S, *(max(0.05, wait) for wait in waits)])
+
+    def _decide(self, leader: LeaderInfo, group: asyncio.TaskGroup) -> tuple[Action, ...]:
+        world = self._control.world()
+        wanted = tuple(
+            Wanted(machine=machine, tenement=tenement.name, operator=tenement.operator)
+            for tenement in world.fleet.tenements
+            for machine in tenement.machine_names
+        )
+        self._note_leaving(world, {one.machine for one in wanted})
+        definitions = self._definitions(world, wanted)
+        now = time.monotonic()
+        for name, operator in self._operators(definitions, leader).items():
+            if name not in self._looking and not self._is_fresh(name, now):
+                self._looking.add(name)
+                group.create_task(self._look(name, operator, world.cluster.cluster_id), name=f"observe {name}")
+        observed = {
+            name: sight.machines
+            for name, sight in self._sights.items()
+            if name in definitions and sight.machines is not None
+        }
+        return decide(
+            Situation(
+                wanted=wanted,
+                known=known_machines(world),
+                observed=observed,
+                now=time.time(),
+                hosts={
+                    name: f"local:{operator.member or leader.member}"
+                    for name, operator in definitions.items()
+                    if isinstance(operator, model.LocalOperator)
+                },
+                drained=frozenset(machine for machine in self._leaving if self._is_drained(machine, now)),
+                resting=frozenset(self._busy | {m for m, (_, at) in self._failures.items() if at > now}),
+            )
+        )
+
+    def _definitions(self, world: World, wanted: tuple[Wanted, ...]) -> dict[str, model.Operator]:
+        """Return the operators that are concerned: of the fleet, or of the last revision that still declared them."""
+        names = {one.operator for one in wanted} | {row.operator for row in world.machines.values()}
+        found = {operator.name: operator for operator in world.fleet.operators if operator.name in names}
+        reader = self._control.view.reader()
+        for revision in range(world.revision - 1, max(0, world.revision - 20), -1):
+            if names <= found.keys():
+                break
+            older = reader.fleet(revision)
+            for operator in older[1].operators if older else ():
+                if operator.name in names:
+                    found.setdefault(operator.name, operator)
+        return found
+
+    def _operators(self, definitions: Mapping[str, model.Operator], leader: LeaderInfo) -> dict[str, Operator]:
+        site = operator_site(self._control.home, leader.member or "")
+        made: dict[str, Operator] = {}
+        for name, definition in definitions.items():
+            try:
+                made[name] = make_operator(definition, site)
+            except SlumError as error:
+                log.get().warning("operator_unusable", operator=name, why=error.message)
+        return made
+
+    async def _look(self, name: str, operator: Operator, cluster: str) -> None:
+        machines, pause, acts = None, BACKOFF_S[2], self._acts[name]
+        try:
+            async with asyncio.timeout(operator.deadlines.observe_s):
+                machines, pause = await operator.observe(cluster), OBSERVED_S
+        except (SlumError, TimeoutError) as error:
+            log.get().warning("operator_not_observed", operator=name, why=str(error) or "it did not answer in time")
+        finally:
+            self._looking.discard(name)
+        if acts == self._acts[name]:
+            self._sights[name] = Sight(machines, time.monotonic() + pause)
+        self._control.changed.beat()
+
+    def _is_fresh(self, operator: str, now: float) -> bool:
+        sight = self._sights.get(operator)
+        return sight is not None and now < sight.until
+
+    def _note_leaving(self, world: World, wanted: set[str]) -> None:
+        leaving = {
+            m for m, row in world.machines.items() if m not in wanted or row.operator != self._operator(world, m)
+        }
+        now = time.monotonic()
+        self._leaving = {machine: self._leaving.get(machine, now) for machine in leaving}
+        for machine in self._failures.keys() - wanted - world.machines.keys():
+            del self._failures[machine]
+            self._control.troubles.pop(machine, None)
+
+    def _operator(self, world: World, machine: str) -> str:
+        tenement = world.tenement_of(machine)
+        return tenement.operator if tenement else ""
+
+    def _is_drained(self, machine: str, now: float) -> bool:
+        """Tell whether *machine*'s agent acts on the empty config and has nothing left, or had all the time for it."""
+        if now - self._leaving[machine] > DRAIN_S:
+            return True
+        seen, desired = self._control.hub.seen.get(machine), self._control.hub.desired.get(machine)
+        return (
+            seen is not None
+            and desired is not None
+            and not desired.services
+            and seen.is_reported
+            and seen.stamp >= desired.stamp
+            and not seen.instances
+        )
+
+    async def _perform(self, action: Action, leader: LeaderInfo) -> None:
+        """Do *action*; whatever becomes of it is data afterwards."""
+        machine = action.machine
+        try:
+            trouble = await self._done(action, leader)
+        except QuorumLost as error:
+            trouble = error.message
+        finally:
+            self._busy.discard(machine)
+        if trouble:
+            count = self._failures.get(machine, (0, 0.0))[0]
+            pause = BACKOFF_S[min(count, len(BACKOFF_S) - 1)]
+            self._failures[machine] = (count + 1, time.monotonic() + pause)
+            self._control.troubles[machine] = trouble
+            log.get().warning("machine_action_failed", machine=machine, action=type(action).__name__, why=trouble)
+        else:
+            self._failures.pop(machine, None)
+            self._control.troubles.pop(machine, None)
+            log.get().info("machine_action_done", machine=machine, action=type(action).__name__)
+        self._control.changed.beat()
+
+    async def _done(self, action: Action, leader: LeaderInfo) -> str:
+        """Do *action* and return "", or why it is not done."""
+        if isinstance(action, Recognise):
+            return await self._end(Outcome(action=action.action, ok=True, machine_id=action.machine_id), leader)
+        world = self._control.world()
+        definition = self._definitions(
+            world, (Wanted(machine=action.machine, tenement=action.tenement, operator=action.operator),)
+        )
+        operator = self._operators(definition, leader).get(action.operator)
+        if operator is None:
+            return f"the operator {action.operator!r} is not known"
+        is_create = isinstance(action, Create)
+        deadline_s = operator.deadlines.create_s if is_create else operator.deadlines.destroy_s
+        intent = Intent(
+            action=secrets.token_hex(8),
+            kind="create" if is_create else "destroy",
+            machine=action.machine,
+            tenement=action.tenement,
+            operator=action.operator,
+            incarnation=action.incarnation,
+            deadline_at=time.time() + deadline_s,
+            machine_id=action.machine_id if isinstance(action, Destroy) else "",
+        )
+        refused = await self._end(intent, leader)
+        if refused:
+            return refused
+        try:
+            async with asyncio.timeout(deadline_s):
+                machine_id = await _call(operator, action, world.cluster.cluster_id)
+        except TimeoutError:
+            return f"no answer within {deadline_s:g} s; what came of it is being looked for"
+        except SlumError as error:
+            await self._end(Outcome(action=intent.action, ok=False, error=error.message), leader)
+            return f"{error.message}{f' ({error.hint})' if error.hint else ''}"
+        finally:
+            self._acts[action.operator] += 1
+            self._sights.pop(action.operator, None)
+        return await self._end(Outcome(action=intent.action, ok=True, machine_id=machine_id), leader)
+
+    async def _end(self, command: AnyCommand, leader: LeaderInfo) -> str:
+        """Commit *command* and return "", or why the ledger refused it; QuorumLost when it cannot be committed."""
+        request_id = new_request_id(secrets.token_hex(16), self._control.view.seq())
+        result = await self._control.commit(command, request_id, f"slum@{leader.member}")
+        return result.why if isinstance(result, Rejected) else ""
+
+
+def known_machines(world: World) -> tuple[Known, ...]:
+    """Return the newest incarnation of each machine that the ledger remembers."""
+    newest: dict[str, Known] = {}
+    for row in world.rows:
+        if row.machine not in newest or newest[row.machine].incarnation < row.incarnation:
+            newest[row.machine] = Known(
+                machine=row.machine,
+                tenement=row.tenement,
+                operator=row.operator,
+                incarnation=row.incarnation,
+                state=row.state,
+                machine_id=row.machine_id,
+                action=row.action,
+                deadline_at=row.deadline_at,
+            )
+    return tuple(newest.values())
+
+
+async def _call(operator: Operator, action: Create | Destroy, cluster: str) -> str:
+    """Call the operator and return the machine's id."""
+    if isinstance(action, Destroy):
+        if action.machine_id:
+            await operator.destroy(action.machine_id)
+        return action.machine_id
+    spec = MachineSpec(
+        cluster=cluster,
+        key=key_of(action.machine, action.incarnation),
+        machine=action.machine,
+        tenement=action.tenement,
+    )
+    return (await operator.create(spec)).id
