@@ -17,6 +17,10 @@ from slum.model import Fleet
 
 PROTOCOL = 1
 ENTRY_BYTES_MAX = 1 << 20
+PROPOSAL_BYTES_MAX = ENTRY_BYTES_MAX - 1024
+"""The rest is for the entry's header."""
+FLEET_BYTES_MAX = 64 << 20
+"""Of an unpacked fleet; 10,000 instances take some 3 MB."""
 REVISIONS_KEPT = 20
 RESULTS_KEPT = 200_000
 
@@ -102,6 +106,8 @@ class LeaderStarted(Command):
     """The first entry of each leader; its term fences every older header."""
 
     member: str
+    run: str = ""
+    """Random, one a process: a leader that goes on in the next epoch is the same one, a restarted one is not."""
 
 
 class Member(Sparse):
@@ -136,7 +142,10 @@ class Done(Sparse, tag="done", tag_field="r"):
 
 
 class Rejected(Sparse, tag="rejected", tag_field="r"):
-    """Not applied, for good. *code*: "conflict", "missing", "fenced", "too_old", "stale", "invalid"."""
+    """Not applied, for good. *code*: "conflict", "missing", "fenced", "too_old", "invalid".
+
+    "stale" (a header of an older leader) never reaches a caller: its leader proposes again, or answers QuorumLost.
+    """
 
     seq: int
     code: str
@@ -207,6 +216,13 @@ def new_request_id(random_hex: str, seen_seq: int) -> str:
     return f"{random_hex}:{seen_seq}"
 
 
+def size_problem(encoded_bytes: int) -> str:
+    """Return why a proposal of so many bytes fits no entry, or "" when it does."""
+    if encoded_bytes <= PROPOSAL_BYTES_MAX:
+        return ""
+    return f"the command takes {encoded_bytes} bytes compressed, an entry of the ledger holds {PROPOSAL_BYTES_MAX}"
+
+
 def pack_fleet(fleet: Fleet) -> bytes:
     """Return the fleet as zstd-compressed msgpack, for SetDesired."""
     import zstandard
@@ -215,7 +231,14 @@ def pack_fleet(fleet: Fleet) -> bytes:
 
 
 def unpack_fleet(data: bytes) -> Fleet:
+    """Return the fleet that pack_fleet packed; raise ValueError when *data* is something else or unpacks too large."""
     import zstandard
 
-    raw = zstandard.ZstdDecompressor().decompress(data, max_output_size=256 << 20)
-    return msgspec.msgpack.decode(raw, type=Fleet)
+    try:
+        size = zstandard.frame_content_size(data)
+        if not 0 <= size <= FLEET_BYTES_MAX:
+            raise ValueError(f"a fleet of {size} bytes; at most {FLEET_BYTES_MAX} are taken")
+        raw = zstandard.ZstdDecompressor().decompress(data)
+        return msgspec.msgpack.decode(raw, type=Fleet)
+    except (zstandard.ZstdError, msgspec.MsgspecError) as error:
+        raise ValueError(f"not a packed fleet: {error}") from error

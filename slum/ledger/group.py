@@ -1,0 +1,236 @@
+"""One epoch's Raft group: PySyncObj 0.3.17 with the parts replaced that lose data, and proof that the replacement took.
+
+The only module that reaches inside PySyncObj. It takes from it elections, replication and the order of commits, and gives
+it our journal instead of its own, msgpack instead of pickle, and time.monotonic as its clock. Fixed members, no dump,
+no compaction, no thread of its own: the owner calls tick(). A group of one commits in the tick after an append, so the
+owner must sync the journal before each tick; with peers the transport syncs before each message. What is called back
+(*on_entry*) must never raise: PySyncObj would apply the entry again, for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from slum.errors import InvariantError, invariant
+from slum.ledger.journal import Journal
+
+VERSION = "0.3.17"
+REGULAR = 0
+"""PySyncObj's tag of a command that is applied; entries of other types never reach on_entry."""
+
+
+def _import_engine() -> tuple[Any, Any]:
+    """Import PySyncObj without its optional import of cryptography: we never use its passwords, and it takes 9 MB."""
+    absent = "cryptography" not in sys.modules
+    if absent:
+        sys.modules["cryptography"] = None  # type: ignore[assignment]  # makes its import fail, as documented for sys.modules
+    try:
+        import pysyncobj
+        import pysyncobj.syncobj
+    finally:
+        if absent:
+            del sys.modules["cryptography"]
+    return pysyncobj, pysyncobj.syncobj
+
+
+_package, _engine = _import_engine()
+
+from pysyncobj.node import Node  # noqa: E402 - after the guarded import
+from pysyncobj.pipe_notifier import PipeNotifier  # noqa: E402
+from pysyncobj.poller import POLL_EVENT_TYPE  # noqa: E402
+from pysyncobj.syncobj import SyncObj  # noqa: E402
+from pysyncobj.transport import Transport  # noqa: E402
+from pysyncobj.version import VERSION as ENGINE_VERSION  # noqa: E402
+
+__all__ = ["Group", "Node", "Timing", "Transport", "Wake", "check_engine", "command_entry"]
+
+_Call = tuple[int, tuple[bytes]]
+_call_decoder = msgspec.msgpack.Decoder(_Call)
+
+
+class _Codec:
+    """Stands in for PySyncObj's pickle module: only (method number, (bytes,)) can be written or read."""
+
+    @staticmethod
+    def dumps(value: Any, protocol: int | None = None) -> bytes:
+        return msgspec.msgpack.encode(value)
+
+    @staticmethod
+    def loads(data: bytes) -> _Call:
+        call: _Call = _call_decoder.decode(data)
+        return call
+
+    @staticmethod
+    def to_bytes(data: bytes) -> bytes:
+        return data
+
+
+def _journal_given(journal: Any) -> Journal:
+    """Stands in for createJournal: the configuration carries an open journal instead of a file name."""
+    if not isinstance(journal, Journal):
+        raise InvariantError("PySyncObj asked for a journal of its own")
+    return journal
+
+
+def _replace_parts() -> None:
+    _engine.pickle = _Codec
+    _engine.createJournal = _journal_given
+    _engine.monotonicTime = time.monotonic
+
+
+_replace_parts()
+
+
+def check_engine() -> None:
+    """Raise InvariantError unless this is exactly the PySyncObj that was examined, and our parts are in it."""
+    invariant(ENGINE_VERSION == VERSION, f"PySyncObj {ENGINE_VERSION} is installed, the ledger needs exactly {VERSION}")
+    known = SyncObj.__init__.__globals__
+    for name, ours in (("pickle", _Codec), ("createJournal", _journal_given), ("monotonicTime", time.monotonic)):
+        invariant(known[name] is ours, f"PySyncObj does not use our {name}")
+    for function, name in (
+        (SyncObj.__init__, "createJournal"),
+        (SyncObj.__init__, "_SyncObj__raftElectionDeadline"),
+        (SyncObj.__init__, "_SyncObj__pipeNotifier"),
+        (SyncObj._onTick, "monotonicTime"),
+        (PipeNotifier.notify, "_PipeNotifier__pipeW"),
+    ):
+        invariant(name in function.__code__.co_names, f"PySyncObj's {function.__qualname__} does not use {name}")
+
+
+class Timing(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds. The fallback is near the election timeout, so that an isolated leader stops thinking it leads."""
+
+    election_min_s: float = 0.4
+    election_max_s: float = 0.8
+    fallback_s: float = 0.8
+    heartbeat_s: float = 0.1
+
+
+class Wake:
+    """Ends a tick's waiting from any thread. Outlives groups, so that nobody writes to a descriptor that was reused."""
+
+    def __init__(self) -> None:
+        self.descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def set(self) -> None:
+        if self.descriptor >= 0:
+            os.eventfd_write(self.descriptor, 1)
+
+    def clear(self) -> None:
+        try:
+            os.eventfd_read(self.descriptor)
+        except BlockingIOError:
+            return
+
+    def close(self) -> None:
+        """Close it; only when no other thread can call set() any more."""
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+class Group(SyncObj):  # type: ignore[misc]  # PySyncObj has no types
+    """The running group of one epoch; every call but Wake.set belongs to one thread."""
+
+    def __init__(
+        self,
+        *,
+        member: str,
+        peers: Sequence[str],
+        journal: Journal,
+        transport: Transport,
+        wake: Wake,
+        on_entry: Callable[[bytes], None],
+        timing: Timing,
+    ) -> None:
+        check_engine()
+        self._journal = journal
+        self._on_entry = on_entry
+        self._wake = wake
+        forever = sys.maxsize
+        super().__init__(
+            Node(member),
+            [Node(peer) for peer in peers],
+            conf=_package.SyncObjConf(
+                autoTick=False,
+                journalFile=journal,
+                fullDumpFile=None,
+                useFork=False,
+                dynamicMembershipChange=False,
+                appendEntriesUseBatch=False,
+                # Larger than any entry: one that is larger would be sent in parts, by a path that is wrong.
+                appendEntriesBatchSizeBytes=4 << 20,
+                logCompactionMinEntries=forever,
+                logCompactionMinTime=forever,
+                raftMinTimeout=timing.election_min_s,
+                raftMaxTimeout=timing.election_max_s,
+                appendEntriesPeriod=timing.heartbeat_s,
+                leaderFallbackTimeout=timing.fallback_s,
+                connectionTimeout=max(1.2, timing.election_max_s),
+            ),
+            transport=transport,
+        )
+        invariant(self._SyncObj__raftLog is journal, "PySyncObj runs on another journal than ours")
+        self._poller.subscribe(wake.descriptor, self._woken, POLL_EVENT_TYPE.READ)
+        if not peers:
+            # Nobody's answer will end the wait, and an append is committed in the tick after the one that logged it.
+            self.addOnTickCallback(self._wake_if_dirty)
+
+    @_package.replicated  # type: ignore[untyped-decorator]  # PySyncObj has no types
+    def append(self, data: bytes) -> None:
+        self._on_entry(data)
+
+    def tick(self, wait_s: float) -> None:
+        """Do what is due, then wait for messages or a wake, at most *wait_s*."""
+        self.doTick(wait_s)
+
+    @property
+    def leads(self) -> bool:
+        return bool(self._isLeader())
+
+    @property
+    def leader(self) -> str | None:
+        node = self._getLeader()
+        return node.id if node is not None else None
+
+    @property
+    def term(self) -> int:
+        return int(self.raftCurrentTerm)
+
+    def stand_now(self) -> None:
+        """Call an election at the next tick instead of waiting for the timeout to pass."""
+        self._SyncObj__raftElectionDeadline = 0.0
+
+    def close(self) -> None:
+        """End the group, and close the two descriptors that PySyncObj forgets. Never call it from inside a tick."""
+        self._poller.unsubscribe(self._wake.descriptor)
+        notifier = self._SyncObj__pipeNotifier
+        pipes = (notifier._PipeNotifier__pipeR, notifier._PipeNotifier__pipeW)
+        self._poller.unsubscribe(pipes[0])
+        self.destroy()
+        for descriptor in pipes:
+            os.close(descriptor)
+
+    def _woken(self, _descriptor: int, _events: int) -> None:
+        self._wake.clear()
+
+    def _wake_if_dirty(self) -> None:
+        if self._journal.dirty:
+            self._wake.set()
+
+
+def command_entry(command: bytes) -> bytes | None:
+    """Return the bytes that were given to append(), from a journal's command; None for PySyncObj's own no-ops."""
+    if command[0] != REGULAR:
+        return None
+    try:
+        _, (data,) = _Codec.loads(command[1:])
+    except msgspec.MsgspecError as error:
+        raise InvariantError(f"the journal holds a command that append() never wrote: {error}") from error
+    return data

@@ -1,0 +1,104 @@
+"""The ledger process: `python -m slum.ledger.process --data-dir D --run-dir R`.
+
+A process of its own, so that no load on the API can stall a commit or, with several members, an election. It owns the
+folder Home.state, listens on Home.ledger_socket (0600, peer credentials checked), logs JSON lines to stderr, and ends with
+status 0 after SIGTERM. When its files are damaged or its disk fails it ends with status 1, and its last line says what is
+wrong and the way out; the keeper may start it again without harm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import secrets
+import signal
+import socket
+import sqlite3
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from slum import log
+from slum.errors import SlumError
+from slum.ledger.member import Config, Member, opened
+from slum.ledger.service import Connection, Service
+from slum.paths import Home, checked_home
+
+WARNINGS = frozenset(
+    {"ballast_is_missing", "ballast_not_made", "ballast_given_up", "disk_became_low", "torn_frame_was_cut"}
+)
+DISK_HINT = "look at its disk, then start again; nothing acknowledged is lost"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run until SIGTERM or a failure; return the exit status."""
+    home, config = _parse(arguments)
+    logger = log.start("ledger")
+    try:
+        with opened(home.state, config, run=secrets.token_hex(8), note=_note) as member:
+            asyncio.run(_serve(member, home))
+    except (SlumError, OSError, sqlite3.Error) as error:
+        hint = error.hint if isinstance(error, SlumError) else DISK_HINT
+        logger.error("ledger_failed", error=str(error), hint=hint.replace("DIR", str(home.data)))
+        return 1
+    logger.info("ledger_stopped")
+    return 0
+
+
+async def _serve(member: Member, home: Home) -> None:
+    service = Service(member)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, service.stop)
+    listening = _listen(home.ledger_socket)
+    server = await loop.create_unix_server(lambda: Connection(service), sock=listening)
+    service.start()
+    at = member.position
+    log.get().info("ledger_started", cluster=at.cluster_id, generation=at.generation, epoch=at.epoch, seq=at.seq)
+    try:
+        await service.ended
+    finally:
+        home.ledger_socket.unlink(missing_ok=True)
+        server.close()
+        service.join()
+        await asyncio.sleep(0)
+
+
+def _listen(path: Path) -> socket.socket:
+    """Return a listening socket at *path*; bound under another name and renamed, so that it answers once it is there."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fresh = path.with_suffix(".new")
+    fresh.unlink(missing_ok=True)
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listening.bind(str(fresh))
+        os.chmod(fresh, 0o600)
+        listening.listen(128)
+        fresh.rename(path)
+    except OSError:
+        listening.close()
+        raise
+    return listening
+
+
+def _note(event: str, **fields: Any) -> None:
+    (log.get().warning if event in WARNINGS else log.get().info)(event, **fields)
+
+
+def _parse(arguments: Sequence[str]) -> tuple[Home, Config]:
+    default = Config()
+    parser = argparse.ArgumentParser(prog="python -m slum.ledger.process", description="The ledger of one member.")
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--epoch-entries", type=int, default=default.epoch_entries, help="seal after so many entries")
+    parser.add_argument("--epoch-bytes", type=int, default=default.epoch_bytes, help="or so many bytes of journal")
+    parser.add_argument("--ballast-bytes", type=int, default=default.ballast_bytes, help="held back for a full disk")
+    given = parser.parse_args(arguments)
+    config = Config(epoch_entries=given.epoch_entries, epoch_bytes=given.epoch_bytes, ballast_bytes=given.ballast_bytes)
+    return checked_home(given.data_dir, given.run_dir), config
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,30 @@
+"""Why the ledger will not start or go on: its files are not what they should be, and guessing would lose writes.
+
+Each Refusal names the file and place, and its hint says the way out (DIR stands for the data folder, which the process
+fills in). Nothing here acts.
+"""
+
+from __future__ import annotations
+
+from slum.errors import SlumError
+
+RECOVER = (
+    "all that was acknowledged is in state.db: `python -m slum.ledger.recover --data-dir DIR` starts a new generation "
+    "from it and sets the old journals aside"
+)
+RESTORE = (
+    "put back a copy of DIR/state made while the ledger was stopped, or move DIR/state away to begin an empty ledger "
+    "(services keep running; apply the fleet again)"
+)
+
+
+class Refusal(SlumError):
+    """The ledger does not start; *hint* is the way out. Nothing was changed."""
+
+
+class Damaged(Refusal):
+    """A file holds bytes that nobody wrote, at *offset*."""
+
+    def __init__(self, message: str, *, offset: int = 0, hint: str = RECOVER) -> None:
+        super().__init__(message, hint=hint)
+        self.offset = offset

@@ -1,0 +1,365 @@
+"""state.db as a deterministic state machine: apply(entry) is one transaction, and the same bytes on every member.
+
+Time, ids and randomness come from the entry; a command that cannot be applied yields a Rejected, which is a result like
+any other. Each transaction also moves the ledger row: *seq* by one, *chain* by the entry and its results, so that members
+that disagree about an outcome find out. Only a disk that fails, or an entry of a newer slum, raises: then the process must
+end, for going on would diverge.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from slum.errors import SlumError
+from slum.ledger import schema
+from slum.ledger.commands import (
+    PROTOCOL,
+    RESULTS_KEPT,
+    AnyCommand,
+    Barrier,
+    Entry,
+    Intent,
+    LeaderStarted,
+    Outcome,
+    Proposal,
+    Record,
+    Result,
+    Seal,
+    SetDesired,
+    SetOverride,
+    SetProtocol,
+)
+from slum.ledger.desired import apply_desired, apply_override
+from slum.ledger.events import KIND, EventWriter
+from slum.ledger.machines import apply_intent, apply_outcome
+from slum.ledger.refusal import RESTORE, Damaged, Refusal
+from slum.ledger.results import ResultBook, parse_request_id
+from slum.ledger.schema import EpochRow, Position
+from slum.ledger.turn import Turn
+
+NOTES_MAX = 200
+_INPUT_ERRORS = (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, sqlite3.IntegrityError)
+"""What a strange command can cause, the same on every member; any other error is the machine's and ends the process."""
+
+_decode_entry = msgspec.msgpack.Decoder(Entry).decode
+_encode = msgspec.msgpack.Encoder().encode
+
+
+class StateFailed(SlumError):
+    """state.db could not be written, or holds what cannot be applied: the process must end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What one entry did. *results* are in the order of its proposals."""
+
+    position: Position
+    proposals: tuple[Proposal, ...]
+    results: tuple[Result, ...]
+    stale: bool
+    """The header was an older leader's: nothing was done, no request id was used up."""
+    sealed: EpochRow | None
+    """The next epoch, when this was a Seal."""
+
+
+class State:
+    """The one writer of a state.db. Used by one thread at a time."""
+
+    def __init__(self, db: sqlite3.Connection, path: Path, *, results_kept: int = RESULTS_KEPT) -> None:
+        self._db = db
+        self._path = path
+        self._results_kept = results_kept
+        self.position = schema.read_position(db, str(path))
+
+    @classmethod
+    def open(cls, path: Path, *, results_kept: int = RESULTS_KEPT) -> State:
+        """Open and check an existing state.db; raise Refusal."""
+        if not path.exists():
+            raise Refusal(f"{path}: CURRENT names this file, but it is gone", hint=RESTORE)
+        db = None
+        try:
+            db = schema.connect(path)
+            schema.check_version(db, str(path))
+            (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
+            if verdict != "ok":
+                raise Damaged(f"{path}: SQLite finds it damaged: {verdict}", hint=RESTORE)
+            state = cls(db, path, results_kept=results_kept)
+            state._check_heads()
+        except BaseException as error:
+            if db is not None:
+                db.close()
+            if isinstance(error, sqlite3.DatabaseError):
+                raise Damaged(f"{path}: SQLite cannot read it: {error}", hint=RESTORE) from error
+            raise
+        return state
+
+    def close(self) -> None:
+        self._db.close()
+
+    def is_replay_of(self, entries: Iterable[bytes]) -> str:
+        """Return "" when *entries*, those of this epoch's journal, lead to this state, else why they do not."""
+        position = self.position
+        chain, number = replayed_chain(self.epochs(1)[0].chain0, entries, self.results_hash)
+        if number != position.applied:
+            return f"state.db has applied {position.applied} entries of this epoch, the journal accounts for {number}"
+        if chain != position.chain:
+            return f"the chain of its first {number} entries is {chain[:16]}, state.db has {position.chain[:16]}"
+        return ""
+
+    def epochs(self, count: int) -> tuple[EpochRow, ...]:
+        return schema.last_epochs(self._db, count)
+
+    def results_hash(self, number: int) -> bytes | None:
+        """Return what the results of entry *number* of this epoch hash to; None when it has not been applied."""
+        row = self._db.execute("SELECT results_hash FROM entries WHERE number = ?", (number,)).fetchone()
+        return row[0] if row else None
+
+    def fleet_bytes(self) -> int:
+        """Return the packed size of the newest fleet."""
+        row = self._db.execute("SELECT length(fleet) FROM revisions ORDER BY revision DESC LIMIT 1").fetchone()
+        return row[0] if row else 0
+
+    def apply(self, data: bytes, before_commit: Callable[[Applied], None] | None = None) -> Applied:
+        """Apply one entry and commit. *before_commit* runs inside the transaction, when all is known but not durable."""
+        try:
+            entry = _decode_entry(data)
+        except msgspec.MsgspecError as error:
+            raise StateFailed(
+                f"entry {self.position.seq + 1} cannot be read: {error}",
+                hint=f"it is of a newer protocol than {PROTOCOL}; install the version of slum that the other members run",
+            ) from error
+        db = self._db
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            applied = self._apply(entry, data)
+            if before_commit is not None:
+                before_commit(applied)
+            db.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise StateFailed(
+                f"{self._path}: {error} while applying entry {self.position.seq + 1}",
+                hint="free space on its disk or replace it, then start again; nothing acknowledged is lost",
+            ) from error
+        self.position = applied.position
+        return applied
+
+    def _apply(self, entry: Entry, data: bytes) -> Applied:
+        was = self.position
+        seq = was.seq + 1
+        events = EventWriter(self._db, number=was.events, head=was.events_hash, seq=seq, at=entry.header.at)
+        turn = Turn(
+            db=self._db,
+            header=entry.header,
+            seq=seq,
+            events=events,
+            revision=was.revision,
+            leader=was.leader,
+            protocol=was.protocol,
+            members=was.members,
+        )
+        stale = is_stale(entry, was)
+        book = ResultBook(self._db, was.results, was.results_floor)
+        results: list[Result] = []
+        for proposal in entry.proposals:
+            if stale:
+                results.append(turn.rejected("stale", "its leader had been replaced"))
+            else:
+                results.append(self._answer(turn, proposal, book, alone=len(entry.proposals) == 1))
+        book.prune(self._results_kept)
+        results_hash = hashlib.sha256(_encode(results)).digest()
+        chain = next_chain(was.chain, data, results_hash)
+        position = msgspec.structs.replace(
+            was,
+            term=entry.header.term if not stale else was.term,
+            applied=was.applied + 1,
+            seq=seq,
+            chain=chain,
+            leader=turn.leader,
+            protocol=turn.protocol,
+            revision=turn.revision,
+            events=events.number,
+            events_hash=events.head,
+            results=book.number,
+            results_floor=book.floor,
+        )
+        epoch = None
+        if turn.sealed:
+            epoch = schema.new_epoch(position, was.epoch + 1)
+            position = msgspec.structs.replace(position, epoch=epoch.epoch, term=0, applied=0, members=turn.members)
+            schema.write_epoch(self._db, epoch)
+            self._db.execute("DELETE FROM entries")
+        else:
+            self._db.execute("INSERT INTO entries VALUES (?, ?)", (position.applied, results_hash))
+        schema.write_position(self._db, position)
+        return Applied(position, entry.proposals, tuple(results), stale, epoch)
+
+    def _answer(self, turn: Turn, proposal: Proposal, book: ResultBook, *, alone: bool) -> Result:
+        """Return the first answer to this request id, or apply the command and keep its answer."""
+        command = proposal.command
+        if isinstance(command, Barrier):
+            return turn.done()
+        if isinstance(command, LeaderStarted | Seal) and not alone:
+            return turn.rejected("invalid", "this command stands alone in its entry")
+        turn.actor = proposal.actor
+        if isinstance(command, LeaderStarted):
+            return _start_leader(turn, command)
+        if isinstance(command, Seal):
+            return _seal(turn, command)
+        parsed = parse_request_id(proposal.request_id)
+        if parsed is None:
+            return turn.rejected("invalid", f"{proposal.request_id[:80]!r} is not a request id")
+        request, seen = parsed
+        first = book.find(request)
+        if first is not None:
+            return first
+        if seen < book.floor:
+            return turn.rejected(
+                "too_old", f"the request was made at sequence {seen}, answers are kept from {book.floor} on"
+            )
+        if seen >= turn.seq:
+            return turn.rejected("invalid", f"the request claims to have seen sequence {seen}, this is {turn.seq}")
+        result = self._attempt(turn, command)
+        book.keep(request, turn.seq, result)
+        return result
+
+    def _attempt(self, turn: Turn, command: AnyCommand) -> Result:
+        """Apply *command*, undoing all of it when it turns out to make no sense."""
+        before = (turn.events.number, turn.events.head, turn.revision, turn.protocol)
+        turn.db.execute("SAVEPOINT attempt")
+        try:
+            result = _perform(turn, command)
+        except _INPUT_ERRORS as error:
+            turn.db.execute("ROLLBACK TO attempt")
+            turn.events.number, turn.events.head, turn.revision, turn.protocol = before
+            result = turn.rejected("invalid", f"{type(command).__name__} cannot be applied: {type(error).__name__}")
+        turn.db.execute("RELEASE attempt")
+        return result
+
+    def _check_heads(self) -> None:
+        """Compare cheap things that a flipped bit or a mixed-up file would break; raise Damaged."""
+        position = self.position
+        row = self._db.execute("SELECT number, hash FROM events ORDER BY number DESC LIMIT 1").fetchone()
+        if row != (position.events, position.events_hash):
+            raise Damaged(f"{self._path}: its newest event is not the one that the ledger row names", hint=RESTORE)
+        epochs = self.epochs(1)
+        if not epochs or (epochs[0].generation, epochs[0].epoch) != (position.generation, position.epoch):
+            raise Damaged(f"{self._path}: its newest epoch is not the one that the ledger row names", hint=RESTORE)
+
+
+def bootstrap(path: Path, position: Position, *, actor: str, at: float) -> None:
+    """Make the state.db of a new cluster at *path*, closed and durable."""
+    db = schema.connect(path)
+    try:
+        db.execute("BEGIN IMMEDIATE")
+        schema.create_tables(db)
+        events = EventWriter(db, number=0, head=position.events_hash, seq=0, at=at)
+        members = [member.id for member in position.members]
+        after = {"generation": position.generation, "members": members}
+        events.add("cluster_created", f"cluster:{position.cluster_id}", actor=actor, after=after)
+        position = msgspec.structs.replace(position, events=events.number, events_hash=events.head)
+        schema.write_epoch(db, schema.new_epoch(position, position.epoch))
+        schema.write_position(db, position)
+        db.execute("COMMIT")
+    finally:
+        db.close()
+
+
+def is_stale(entry: Entry, position: Position) -> bool:
+    """Tell whether *entry*'s header is not the one that may write now.
+
+    The current leader's header equals the position's; a new leader's first entry, LeaderStarted, comes with a higher term.
+    """
+    fence = (entry.header.generation, entry.header.epoch, entry.header.term)
+    if len(entry.proposals) == 1 and isinstance(entry.proposals[0].command, LeaderStarted):
+        return fence[:2] != position.fence[:2] or fence[2] <= position.term
+    return fence != position.fence
+
+
+def next_chain(chain: str, entry: bytes, results_hash: bytes) -> str:
+    return hashlib.sha256(chain.encode() + hashlib.sha256(entry).digest() + results_hash).hexdigest()
+
+
+def replayed_chain(
+    chain0: str, entries: Iterable[bytes], results_hash: Callable[[int], bytes | None]
+) -> tuple[str, int]:
+    """Return the chain after as many of an epoch's first *entries* as have answers on record, and how many these are."""
+    chain, number = chain0, 0
+    for entry in entries:
+        answer = results_hash(number + 1)
+        if answer is None:
+            break
+        number += 1
+        chain = next_chain(chain, entry, answer)
+    return chain, number
+
+
+def _perform(turn: Turn, command: AnyCommand) -> Result:
+    match command:
+        case SetDesired():
+            return apply_desired(turn, command)
+        case SetOverride():
+            return apply_override(turn, command)
+        case Intent():
+            return apply_intent(turn, command)
+        case Outcome():
+            return apply_outcome(turn, command)
+        case Record():
+            return _record(turn, command)
+        case SetProtocol():
+            return _set_protocol(turn, command)
+        case _:
+            raise TypeError(type(command).__name__)
+
+
+def _record(turn: Turn, command: Record) -> Result:
+    if len(command.events) > NOTES_MAX:
+        return turn.rejected("invalid", f"{len(command.events)} events at once; at most {NOTES_MAX} are taken")
+    strange = next((note.kind for note in command.events if not KIND.fullmatch(note.kind)), None)
+    if strange is not None:
+        return turn.rejected("invalid", f"{strange[:80]!r} is not a kind of event")
+    turn.events.add_notes(command.events, turn.actor)
+    return turn.done()
+
+
+def _start_leader(turn: Turn, command: LeaderStarted) -> Result:
+    turn.leader = f"{command.member}/{command.run}"
+    header = turn.header
+    after = {"generation": header.generation, "epoch": header.epoch, "term": header.term}
+    turn.events.add("leader_started", f"member:{command.member}", actor=turn.actor, after=after)
+    return turn.done()
+
+
+def _seal(turn: Turn, command: Seal) -> Result:
+    if not command.members or len({member.id for member in command.members}) != len(command.members):
+        return turn.rejected("invalid", "an epoch needs members, each once")
+    after = {"epoch": turn.header.epoch + 1, "members": [member.id for member in command.members]}
+    turn.events.add("epoch_sealed", f"epoch:{turn.header.epoch}", actor=turn.actor, why=command.why, after=after)
+    turn.members = command.members
+    turn.sealed = True
+    return turn.done()
+
+
+def _set_protocol(turn: Turn, command: SetProtocol) -> Result:
+    if command.version < turn.protocol:
+        return turn.rejected("invalid", f"the protocol is {turn.protocol} already")
+    if command.version > PROTOCOL:
+        raise StateFailed(
+            f"the ledger moves to protocol {command.version}, this slum speaks {PROTOCOL}",
+            hint="install the version of slum that the other members run",
+        )
+    if command.version != turn.protocol:
+        turn.events.add(
+            "protocol_set",
+            "cluster:protocol",
+            actor=turn.actor,
+            before={"protocol": turn.protocol},
+            after={"protocol": command.version},
+        )
+        turn.protocol = command.version
+    return turn.done()
