@@ -13,22 +13,19 @@ in one thread (the proposer takes proposals from any).
 
 from __future__ import annotations
 
-import hashlib
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from slum.errors import InvariantError, QuorumLost, SlumError, invariant
 from slum.frozen import Frozen
-from slum.ledger import disk, events, folder, journal
+from slum.ledger import disk, folder, journal
+from slum.ledger.beginning import Note, current_or_new
 from slum.ledger.commands import (
-    PROTOCOL,
     RESULTS_KEPT,
     Entry,
     Header,
@@ -40,19 +37,14 @@ from slum.ledger.commands import (
 from slum.ledger.commands import Member as MemberRow
 from slum.ledger.group import Group, Timing, Wake, command_entry
 from slum.ledger.proposer import Proposer
-from slum.ledger.refusal import RESTORE, Damaged, Refusal
-from slum.ledger.schema import EpochRow, Position, new_epoch
-from slum.ledger.state import Applied, State, bootstrap
+from slum.ledger.refusal import Damaged, Refusal
+from slum.ledger.schema import EpochRow, Position
+from slum.ledger.state import Applied, State
 from slum.ledger.transport import NoPeers
 
-FIRST_MEMBER = "m1"
-UNFINISHED = "unfinished.db"
 EPOCH_ENTRIES_MIN = 8
 """Below it an epoch would be full of what begins an epoch."""
 _encode = msgspec.msgpack.Encoder().encode
-
-Note = Callable[..., Any]
-"""Called with the name of a log event and its fields."""
 
 
 class Config(Frozen):
@@ -81,7 +73,7 @@ def opened(
             note(event, free_bytes=guard.free_bytes)
         if config.ballast_bytes and not guard.has_ballast:
             note("ballast_is_missing", wanted_bytes=config.ballast_bytes, free_bytes=guard.free_bytes)
-        state = State.open(_current_or_new(home, config, now, note), results_kept=config.results_kept)
+        state = State.open(current_or_new(home, config.epoch_bytes, now(), note), results_kept=config.results_kept)
         try:
             member = Member(home, config, state, guard, run=run, note=note, now=now)
             try:
@@ -287,64 +279,6 @@ class Member:
             opened_journal.close()
             raise
         return opened_journal
-
-
-def _current_or_new(home: Path, config: Config, now: Callable[[], float], note: Note) -> Path:
-    path = folder.current(home)
-    if path is not None:
-        return path
-    _clear_unfinished(home)
-    at = now()
-    cluster = str(uuid.uuid4())
-    position = Position(
-        cluster_id=cluster,
-        generation=int(at * 1000),
-        epoch=1,
-        lineage=uuid.uuid4().hex[:16],
-        term=0,
-        applied=0,
-        seq=0,
-        chain=hashlib.sha256(cluster.encode()).hexdigest(),
-        members=(MemberRow(id=FIRST_MEMBER, incarnation=uuid.uuid4().hex[:16]),),
-        protocol=PROTOCOL,
-        leader="",
-        revision=0,
-        events=0,
-        events_hash=events.first_hash(cluster),
-        results=0,
-        results_floor=0,
-    )
-    epoch = new_epoch(position, 1)
-    journal.create(folder.journal_path(home, epoch), folder.journal_id(cluster, epoch), config.epoch_bytes).close()
-    fresh, path = home / UNFINISHED, home / folder.FIRST_STATE
-    bootstrap(fresh, position, actor=f"ledger@{FIRST_MEMBER}", at=at)
-    fresh.rename(path)
-    journal.sync_folder(home)
-    folder.move_current(home, path.name)
-    note("cluster_created", cluster=cluster, generation=position.generation)
-    return path
-
-
-def _clear_unfinished(home: Path) -> None:
-    """Remove what a killed bootstrap left; Refusal when a state file holds entries, so that CURRENT must have been lost."""
-    folder.remove_state_file(home / UNFINISHED)
-    for path in folder.state_files(home):
-        if _entries_in(path):
-            raise Refusal(
-                f"{home / 'CURRENT'} is gone, but {path.name} holds a ledger",
-                hint=f"write {path.name!r} and a newline into CURRENT, if that is the newest state file; else {RESTORE}",
-            )
-        folder.remove_state_file(path)
-    for path in folder.journals(home).values():
-        path.unlink()
-
-
-def _entries_in(path: Path) -> int:
-    state = State.open(path)
-    try:
-        return state.position.seq
-    finally:
-        state.close()
 
 
 class _Regular:

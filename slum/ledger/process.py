@@ -35,6 +35,7 @@ DISK_HINT = "look at its disk, then start again; nothing acknowledged is lost"
 def main(arguments: Sequence[str]) -> int:
     """Run until SIGTERM or a failure; return the exit status."""
     home, config = _parse(arguments)
+    os.umask(0o077)
     logger = log.start("ledger")
     try:
         with opened(home.state, config, run=secrets.token_hex(8), note=_note) as member:

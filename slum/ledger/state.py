@@ -16,7 +16,6 @@ from pathlib import Path
 
 import msgspec
 
-from slum.errors import SlumError
 from slum.ledger import schema
 from slum.ledger.commands import (
     PROTOCOL,
@@ -24,35 +23,23 @@ from slum.ledger.commands import (
     AnyCommand,
     Barrier,
     Entry,
-    Intent,
     LeaderStarted,
-    Outcome,
     Proposal,
-    Record,
     Result,
     Seal,
-    SetDesired,
-    SetOverride,
-    SetProtocol,
 )
-from slum.ledger.desired import apply_desired, apply_override
-from slum.ledger.events import KIND, EventWriter
-from slum.ledger.machines import apply_intent, apply_outcome
+from slum.ledger.events import EventWriter, first_bad
+from slum.ledger.perform import StateFailed, perform, seal, start_leader
 from slum.ledger.refusal import RESTORE, Damaged, Refusal
 from slum.ledger.results import ResultBook, parse_request_id
 from slum.ledger.schema import EpochRow, Position
 from slum.ledger.turn import Turn
 
-NOTES_MAX = 200
 _INPUT_ERRORS = (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, sqlite3.IntegrityError)
 """What a strange command can cause, the same on every member; any other error is the machine's and ends the process."""
 
 _decode_entry = msgspec.msgpack.Decoder(Entry).decode
 _encode = msgspec.msgpack.Encoder().encode
-
-
-class StateFailed(SlumError):
-    """state.db could not be written, or holds what cannot be applied: the process must end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +136,48 @@ class State:
         self.position = applied.position
         return applied
 
+    def check_events(self) -> None:
+        """Check every event's hash; raise Damaged. Takes 1.5 s for a million."""
+        position = self.position
+        _, why = first_bad(self._db, position.cluster_id, position.events, position.events_hash)
+        if why:
+            raise Damaged(f"{self._path}: {why}", hint=RESTORE)
+
+    def begin_generation(
+        self, generation: int, lineage: str, *, actor: str, at: float, make: Callable[[EpochRow], None]
+    ) -> Position:
+        """Leave the old log behind and begin epoch 1 of *generation*; *make* makes its journal inside the transaction."""
+        was = self.position
+        self._db.execute("BEGIN IMMEDIATE")
+        events = EventWriter(self._db, number=was.events, head=was.events_hash, seq=was.seq, at=at)
+        events.add(
+            "generation_began",
+            f"cluster:{was.cluster_id}",
+            actor=actor,
+            before={"generation": was.generation, "epoch": was.epoch},
+            after={"generation": generation, "epoch": 1},
+        )
+        chain = hashlib.sha256(f"{was.chain}/{generation}/{lineage}".encode()).hexdigest()
+        position = msgspec.structs.replace(
+            was,
+            generation=generation,
+            epoch=1,
+            lineage=lineage,
+            term=0,
+            applied=0,
+            chain=chain,
+            events=events.number,
+            events_hash=events.head,
+        )
+        epoch = schema.new_epoch(position, 1)
+        schema.write_epoch(self._db, epoch)
+        self._db.execute("DELETE FROM entries")
+        schema.write_position(self._db, position)
+        make(epoch)
+        self._db.execute("COMMIT")
+        self.position = position
+        return position
+
     def _apply(self, entry: Entry, data: bytes) -> Applied:
         was = self.position
         seq = was.seq + 1
@@ -208,9 +237,9 @@ class State:
             return turn.rejected("invalid", "this command stands alone in its entry")
         turn.actor = proposal.actor
         if isinstance(command, LeaderStarted):
-            return _start_leader(turn, command)
+            return start_leader(turn, command)
         if isinstance(command, Seal):
-            return _seal(turn, command)
+            return seal(turn, command)
         parsed = parse_request_id(proposal.request_id)
         if parsed is None:
             return turn.rejected("invalid", f"{proposal.request_id[:80]!r} is not a request id")
@@ -233,7 +262,7 @@ class State:
         before = (turn.events.number, turn.events.head, turn.revision, turn.protocol)
         turn.db.execute("SAVEPOINT attempt")
         try:
-            result = _perform(turn, command)
+            result = perform(turn, command)
         except _INPUT_ERRORS as error:
             turn.db.execute("ROLLBACK TO attempt")
             turn.events.number, turn.events.head, turn.revision, turn.protocol = before
@@ -297,69 +326,3 @@ def replayed_chain(
         number += 1
         chain = next_chain(chain, entry, answer)
     return chain, number
-
-
-def _perform(turn: Turn, command: AnyCommand) -> Result:
-    match command:
-        case SetDesired():
-            return apply_desired(turn, command)
-        case SetOverride():
-            return apply_override(turn, command)
-        case Intent():
-            return apply_intent(turn, command)
-        case Outcome():
-            return apply_outcome(turn, command)
-        case Record():
-            return _record(turn, command)
-        case SetProtocol():
-            return _set_protocol(turn, command)
-        case _:
-            raise TypeError(type(command).__name__)
-
-
-def _record(turn: Turn, command: Record) -> Result:
-    if len(command.events) > NOTES_MAX:
-        return turn.rejected("invalid", f"{len(command.events)} events at once; at most {NOTES_MAX} are taken")
-    strange = next((note.kind for note in command.events if not KIND.fullmatch(note.kind)), None)
-    if strange is not None:
-        return turn.rejected("invalid", f"{strange[:80]!r} is not a kind of event")
-    turn.events.add_notes(command.events, turn.actor)
-    return turn.done()
-
-
-def _start_leader(turn: Turn, command: LeaderStarted) -> Result:
-    turn.leader = f"{command.member}/{command.run}"
-    header = turn.header
-    after = {"generation": header.generation, "epoch": header.epoch, "term": header.term}
-    turn.events.add("leader_started", f"member:{command.member}", actor=turn.actor, after=after)
-    return turn.done()
-
-
-def _seal(turn: Turn, command: Seal) -> Result:
-    if not command.members or len({member.id for member in command.members}) != len(command.members):
-        return turn.rejected("invalid", "an epoch needs members, each once")
-    after = {"epoch": turn.header.epoch + 1, "members": [member.id for member in command.members]}
-    turn.events.add("epoch_sealed", f"epoch:{turn.header.epoch}", actor=turn.actor, why=command.why, after=after)
-    turn.members = command.members
-    turn.sealed = True
-    return turn.done()
-
-
-def _set_protocol(turn: Turn, command: SetProtocol) -> Result:
-    if command.version < turn.protocol:
-        return turn.rejected("invalid", f"the protocol is {turn.protocol} already")
-    if command.version > PROTOCOL:
-        raise StateFailed(
-            f"the ledger moves to protocol {command.version}, this slum speaks {PROTOCOL}",
-            hint="install the version of slum that the other members run",
-        )
-    if command.version != turn.protocol:
-        turn.events.add(
-            "protocol_set",
-            "cluster:protocol",
-            actor=turn.actor,
-            before={"protocol": turn.protocol},
-            after={"protocol": command.version},
-        )
-        turn.protocol = command.version
-    return turn.done()
