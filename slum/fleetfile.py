@@ -48,7 +48,12 @@ class Loaded:
 
 def load(path: Path) -> Loaded:
     """Return the fleet that the slum.toml at *path* declares; ConfigError with all problems when it is not sound."""
-    report = _Report(tomlfile.read(path))
+    return load_document(tomlfile.read(path))
+
+
+def load_document(main: Document) -> Loaded:
+    """The same for a slum.toml that is parsed already; the files that it names are read from its folder."""
+    report = _Report(main)
     fleet = _read_fleet(report)
     report.judge(check_fleet(fleet))
     report.raise_if_any()

@@ -58,7 +58,7 @@ class _Entry(Frozen):
     target: str = ""
 
 
-def pack(folder: Path, out: Path) -> Packed:
+def pack(folder: Path, out: Path, *, files_max: int = FILES_MAX) -> Packed:
     """Write the bundle of *folder* to *out* and return its name; ConfigError when the folder cannot be packed.
 
     *out* is replaced when it exists, and removed when packing fails. May be repeated: equal contents, equal bytes.
@@ -68,7 +68,7 @@ def pack(folder: Path, out: Path) -> Packed:
     except OSError as error:
         raise ConfigError(f"source {folder}: {_why(error)}") from error
     try:
-        entries = _listing(root, folder)
+        entries = _listing(root, folder, files_max)
         try:
             return _write(root, folder, entries, out)
         except BaseException:
@@ -103,14 +103,14 @@ def _why(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
-def _listing(root: int, folder: Path) -> tuple[_Entry, ...]:
+def _listing(root: int, folder: Path, files_max: int) -> tuple[_Entry, ...]:
     """Return all that is to be packed, sorted by name, after the rules on names, kinds, links and sizes."""
     ignored = _read_ignored(root, folder)
     entries: list[_Entry] = []
     for entry in _walk(root, "", folder, ignored, 0):
         entries.append(entry)
-        if len(entries) > FILES_MAX:
-            raise ConfigError(f"source {folder} has more than {FILES_MAX:,} files", hint=_ignore_hint())
+        if len(entries) > files_max:
+            raise ConfigError(f"source {folder} has more than {files_max:,} files", hint=_ignore_hint())
     total = sum(entry.size for entry in entries)
     if total > BYTES_MAX:
         raise _too_large(folder, total)

@@ -26,7 +26,7 @@ class Problem(Frozen):
 
     def __str__(self) -> str:
         where = f"{self.file}:{self.line}" if self.line is not None else self.file
-        return ": ".join(part for part in (where, dotted(self.at), self.message) if part)
+        return printable(": ".join(part for part in (where, dotted(self.at), self.message) if part))
 
 
 class Range(Frozen):
@@ -59,8 +59,7 @@ def shown(value: object, limit: int = 60) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        text = json.dumps(value if len(value) <= limit else value[:limit] + "...", ensure_ascii=False)
-        return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
+        return printable(json.dumps(value if len(value) <= limit else value[:limit] + "...", ensure_ascii=False))
     if isinstance(value, dict):
         return "a table"
     if isinstance(value, list | tuple):
@@ -68,6 +67,11 @@ def shown(value: object, limit: int = 60) -> str:
     if isinstance(value, int) and value.bit_length() > 128:
         return "a huge number"
     return str(value)
+
+
+def printable(text: str) -> str:
+    """Return *text* on one line, with what could steer a terminal written out."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

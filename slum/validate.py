@@ -17,7 +17,7 @@ from slum import credentials
 from slum.model import NAME_PATTERN, Fleet, Listen, LocalOperator, Service, Settings, SshOperator, Tenement
 from slum.problem import At, Problem, Range, nearest, shown
 from slum.validate_operator import check_labels, check_operator
-from slum.validate_service import check_path, check_ranges, check_service, repeated
+from slum.validate_service import PATH_MAX, check_path, check_ranges, check_service, check_text, repeated
 from slum.wire import LevelStatus
 
 OPERATORS_MAX = 100
@@ -134,6 +134,8 @@ def _check_tenement(fleet: Fleet, tenement: Tenement) -> Iterator[Problem]:
     if tenement.operator not in known:
         message = f"{shown(tenement.operator)} is no operator of this fleet{nearest(tenement.operator, known)}"
         yield Problem(at=(*at, "operator"), message=message)
+    if tenement.config is not None:
+        yield from check_text(tenement.config, (*at, "config"), PATH_MAX)
     yield from check_labels(tuple((label.name, label.value) for label in tenement.labels), (*at, "labels"))
     yield from _check_settings(tenement.settings, (*at, "settings"))
     yield from repeated(tuple(s.name for s in tenement.services), (*at, "service"))
