@@ -205,7 +205,8 @@ def _tell(report: int, step: str, error: BaseException) -> None:
 def _close_but(keep: set[int]) -> None:
     low = 0
     for fd in sorted(keep):
-        os.closerange(low, fd)
+        if low < fd:  # closerange(0, 0) closes all: CPython hands close_range(2) the last number as 0 - 1
+            os.closerange(low, fd)
         low = fd + 1
     os.closerange(low, os.sysconf("SC_OPEN_MAX"))
 
