@@ -8,8 +8,8 @@ and never changes what it was given.
 
 from __future__ import annotations
 
-import os
 import secrets
+import signal
 import socket
 import time
 from collections import Counter, deque
@@ -33,6 +33,9 @@ SILENCE_S = 20.0
 """A stream that says nothing for so long is opened anew."""
 RETRY_MS = (50, 100, 200, 400, 800)
 CHUNK_BYTES = 256 << 10
+KEEPER_S = 2.0
+RESTART_S = 10.0
+RESTART_AFTER_END_S = 1.0
 LOG_OVERLAP_S = 2.0
 RECENT_LINES = 10_000
 """What a cut log stream asks for again, and how many lines it can recognise as printed already."""
@@ -62,13 +65,15 @@ class Client:
 
     # --- reading ------------------------------------------------------------------------------------------------------
     def present(self) -> bool:
-        """Tell whether a control plane answers here now; raises Unreachable when we may not ask it."""
+        """Tell whether there is a control plane; one that restarts is waited for. Unreachable when we may not ask it."""
         self._check_permission()
         try:
-            self._knock()
-            return self._http.get("health", timeout=5.0).status_code == 200
-        except httpx.TransportError:
+            self._send(lambda: self._http.get("health"))
+        except Unreachable:
+            if self._answered:
+                raise
             return False
+        return True
 
     def status(self) -> api.Status:
         found = self._call("GET", "status", api.Status)
@@ -162,7 +167,6 @@ class Client:
                 yield step
                 if step.what == "done":
                     return
-                silence()
             time.sleep(RETRY_MS[2] / 1000)
 
     def follow_events(
@@ -217,16 +221,16 @@ class Client:
     def _send(self, send: Callable[[], httpx.Response], *, accept: tuple[int, ...] = ()) -> httpx.Response:
         """Send until there is an answer; what *send* does must be safe to repeat."""
         self._check_permission()
-        deadline = time.monotonic() + self.deadline_s
+        started = time.monotonic()
+        deadline = started + self.deadline_s
         for attempt in range(1_000_000):
             try:
                 self._knock()
                 answer = send()
             except httpx.TransportError as error:
                 failed: SlumError = self._lost(error)
-                retry = self._answered or _keeper_lives(self.home)
+                retry = self._answered or time.monotonic() - started < _patience_s(self.home)
             else:
-                self._answered = True
                 if answer.status_code < 400 or answer.status_code in accept:
                     return answer
                 failed = problem_of(answer.status_code, answer.content)
@@ -246,7 +250,7 @@ class Client:
         request.extensions["timeout"] = {"connect": 5.0, "write": 5.0, "pool": 5.0, "read": silence()}
         answer = self._send(lambda: self._open(request))
         try:
-            for event, data in parse_events(answer.iter_bytes()):
+            for event, data in parse_events(_watched(answer.iter_bytes(), silence)):
                 if event == "error":
                     raise _raised(_decode(data, api.Problem))
                 yield _decode(data, kind)
@@ -262,6 +266,7 @@ class Client:
                 probe.connect(str(self.home.api_socket))
             except OSError as error:
                 raise httpx.ConnectError(str(error)) from error
+        self._answered = True
 
     def _open(self, request: httpx.Request) -> httpx.Response:
         answer = self._http.send(request, stream=True)
@@ -270,9 +275,9 @@ class Client:
         return answer
 
     def _lost(self, error: httpx.TransportError) -> Unreachable:
-        if not self._answered and not _keeper_lives(self.home):
+        if not self._answered and _patience_s(self.home) < DEADLINE_S:
             return Unreachable(
-                f"no control plane on this machine ({self.home.api_socket})",
+                f"no control plane runs on this machine ({self.home.api_socket})",
                 hint="`slum apply` starts one, or `slum up`; --run-dir or SLUM_RUN_DIR name another place",
             )
         what = "does not answer in time" if isinstance(error, httpx.TimeoutException) else f"does not answer ({error})"
@@ -302,7 +307,8 @@ def parse_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
     Lines end at LF or CRLF only: httpx's own iter_lines also splits at U+2028 and U+0085, which JSON may hold unescaped.
     See https://html.spec.whatwg.org/multipage/server-sent-events.html (9.2.6).
     """
-    event, data, rest = "message", [], b""
+    event, rest = "message", b""
+    data: list[bytes] = []
     for chunk in chunks:
         *lines, rest = (rest + chunk).split(b"\n")
         for raw in lines:
@@ -318,6 +324,13 @@ def parse_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
                 data.append(value)
             elif field == b"event":
                 event = value.decode("utf-8", "replace")
+
+
+def _watched(chunks: Iterable[bytes], silence: Callable[[], float | None]) -> Iterator[bytes]:
+    """Pass *chunks* on; *silence* raises when the time is up, also while only keep-alives come."""
+    for chunk in chunks:
+        silence()
+        yield chunk
 
 
 def _chunks(path: Path, sent: Callable[[int], None]) -> Iterator[bytes]:
@@ -347,8 +360,10 @@ def problem_of(status: int, body: bytes) -> SlumError:
         return _raised(msgspec.json.decode(body, type=dict[str, api.Problem])["error"])
     except (msgspec.DecodeError, KeyError):
         text = body[:200].decode("utf-8", "replace").strip()
-        return QuorumLost(f"the control plane is busy: {text}") if status == 503 else SlumError(
-            f"the control plane answered {status}: {text or 'nothing'}"
+        return (
+            QuorumLost(f"the control plane is busy: {text}")
+            if status == 503
+            else SlumError(f"the control plane answered {status}: {text or 'nothing'}")
         )
 
 
@@ -361,11 +376,22 @@ def _raised(problem: api.Problem) -> SlumError:
     return kind(problem.message, hint=problem.hint)
 
 
-def _keeper_lives(home: Home) -> bool:
-    """Tell whether somebody is there who restarts the server."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-        try:
-            probe.connect(os.fspath(home.keeper_socket))
-        except OSError:
-            return False
-    return True
+def _patience_s(home: Home) -> float:
+    """Return how long a server that was never seen is worth waiting for: as long as a keeper will start it again.
+
+    One that ended by itself or by `slum down` looks the same for the moment that a restart takes.
+    """
+    from slum.node.keeperclient import Child, KeeperError, call
+
+    try:
+        page = call(home, "list", after=_BEFORE_SERVER, timeout_s=KEEPER_S)["children"]
+    except (KeeperError, Unreachable):
+        return 0.0
+    server = next((msgspec.convert(child, Child) for child in page if child["name"] == "server"), None)
+    if server is None or (server.exited_at is not None and time.time() - server.exited_at > RESTART_S):
+        return 0.0
+    return RESTART_AFTER_END_S if server.status in (0, -signal.SIGTERM) else DEADLINE_S
+
+
+_BEFORE_SERVER = "serveq"
+"""The keeper lists by name: what comes right after this."""

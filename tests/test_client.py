@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import secrets
 import shutil
-import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from fakes.api import START, FakeApi, FakeFleet
 
@@ -18,6 +18,8 @@ from slum import api
 from slum.client import Client, parse_events
 from slum.errors import ConfigError, Conflict, QuorumLost, Unreachable
 from slum.model import Fleet, LocalOperator, Service, Tenement
+from slum.node.keeperclient import call, start_detached
+from slum.node.types import Respawn, Spawn
 from slum.paths import Home, checked_home
 
 
@@ -57,7 +59,7 @@ def test_nobody_there_is_said_at_once(home: Home) -> None:
     before = time.monotonic()
     with Client(home) as client:
         assert not client.present()
-        with pytest.raises(Unreachable, match="no control plane on this machine"):
+        with pytest.raises(Unreachable, match="no control plane runs on this machine"):
             client.status()
     assert time.monotonic() - before < 2
 
@@ -83,20 +85,37 @@ def test_a_restarting_server_is_waited_for(home: Home, fake: FakeApi) -> None:
         late.join()
 
 
-def test_a_server_that_is_being_started_is_waited_for_when_a_keeper_lives(home: Home) -> None:
-    home.private.mkdir(parents=True)
-    home.data.mkdir()
-    home.boot.write_text('{"children": [{"name": "server"}]}')
-    fake = FakeApi(home.api_socket, FakeFleet())
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as keeper:
-        keeper.bind(str(home.keeper_socket))
-        keeper.listen()
+def test_a_server_that_a_keeper_starts_again_is_waited_for_and_one_that_was_stopped_is_not(home: Home) -> None:
+    start_detached(home)
+    try:
+        server = Spawn(name="server", argv=("/bin/sleep", "1000"), env={}, respawn=Respawn())
+        for spawn in (server, msgspec.structs.replace(server, name="service")):
+            call(home, "spawn", spawn=msgspec.to_builtins(spawn))
+        fake = FakeApi(home.api_socket, FakeFleet())
         late = threading.Timer(0.3, fake.start)
         late.start()
         with Client(home) as client:
+            assert client.present()
             assert client.status().revision == 0
         late.join()
-    fake.stop()
+        fake.stop()
+        call(home, "shutdown", names=["server"], grace_s=5)
+        wait(lambda: all(c["name"] != "server" or c["state"] == "exited" for c in call(home, "list")["children"]))
+        before = time.monotonic()
+        with Client(home) as client:
+            assert not client.present()
+            with pytest.raises(Unreachable, match="no control plane runs"):
+                client.status()
+        assert time.monotonic() - before < 4
+    finally:
+        call(home, "shutdown", names=["server", "service"], grace_s=0)
+        wait(lambda: not home.keeper_socket.exists())
+
+
+def wait(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
 
 
 def test_no_quorum_is_raised_after_the_deadline(home: Home, fake: FakeApi) -> None:

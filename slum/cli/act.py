@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-
 import click
 
 from slum.cli.base import Invocation, SlumCommand, command
 from slum.cli.look import chosen
 from slum.cli.progress import follow, label
 from slum.cli.target import service_argument, span_s, split_target, tenement_option
-from slum.errors import Unhealthy
+from slum.errors import Conflict, Unhealthy
 
 PAST = {"restart": "restarted", "stop": "stopped", "start": "started"}
 
@@ -32,7 +31,9 @@ def _verb(verb: str, doc: str) -> SlumCommand:
 
 
 restart = _verb("restart", "Restart instances and wait until they are well; also tries again what was given up.")
-stop = _verb("stop", "Stop instances and wait until they have; they stay stopped, over reboots too, until `slum start`.")
+stop = _verb(
+    "stop", "Stop instances and wait until they have; they stay stopped, over reboots too, until `slum start`."
+)
 start = _verb("start", "Start what `slum stop` stopped, and wait until it is well.")
 
 
@@ -47,19 +48,21 @@ def _act(asked: Invocation, verb: str, target: str, tenement: str | None, *, wai
             return None
         outcome = follow(asked, client, revision, timeout_s=wait_s, only=frozenset(acted.instances))
     if not outcome.in_time:
+        late = [step.name for step in outcome.waiting] or acted.instances
         raise Unhealthy(
-            f"{', '.join(map(label, outcome.waiting or acted.instances))}: not {PAST[verb]} within {wait_s:g} s; it goes on",
+            f"{', '.join(map(label, late))}: not {PAST[verb]} within {wait_s:g} s; it goes on",
             hint=f"`slum explain {service}`",
         )
-    _report(asked, verb, acted.instances, outcome.failed, waited=True)
-    if outcome.failed:
-        raise Unhealthy(f"{', '.join(map(label, outcome.failed))}: not well", hint=f"`slum explain {service}`")
+    if outcome.replaced:
+        raise Conflict(outcome.replaced, hint="`slum status`")
+    failed = tuple(step.name for step in outcome.failed)
+    _report(asked, verb, acted.instances, failed, waited=True)
+    if failed:
+        raise Unhealthy(f"{', '.join(map(label, failed))}: not well", hint=f"`slum explain {service}`")
     return None
 
 
-def _report(
-    asked: Invocation, verb: str, instances: tuple[str, ...], failed: tuple[str, ...], *, waited: bool
-) -> None:
+def _report(asked: Invocation, verb: str, instances: tuple[str, ...], failed: tuple[str, ...], *, waited: bool) -> None:
     if asked.json:
         asked.emit({"verb": verb, "instances": instances, "failed": failed, "waited": waited})
     elif waited:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, TypeVar
 
 import click
 
-from slum.errors import Conflict, ConfigError, SlumError
+from slum.errors import ConfigError, Conflict, SlumError
 
 if TYPE_CHECKING:
     from slum.client import Client
@@ -80,7 +80,8 @@ class SlumCommand(click.Command):
     """A command whose help ends with examples, and lists the common options apart from its own."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        own, common = [], []
+        own: list[tuple[str, str]] = []
+        common: list[tuple[str, str]] = []
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None:
@@ -95,7 +96,24 @@ class SlumCommand(click.Command):
         formatter.write(f"\nExamples:\n{self.epilog}\n")
 
 
-def command(name: str, *, examples: str, **attributes: Any) -> Callable[[Callable[..., int | None]], SlumCommand]:
+class TrailingCommand(SlumCommand):
+    """A command that ends with another program's words: what stands after ``--``, or else all after SERVICE, is theirs."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.allow_interspersed_args = "--" in args
+        return super().parse_args(ctx, args)
+
+
+class SlumGroup(click.Group):
+    """A group whose help ends with examples."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write(f"\nExamples:\n{self.epilog}\n")
+
+
+def command(
+    name: str, *, examples: str, cls: type[SlumCommand] = SlumCommand, **attributes: Any
+) -> Callable[[Callable[..., int | None]], SlumCommand]:
     """Make a function a command: it gets an Invocation first, and returns its exit code (None is 0).
 
     *examples* are lines like ``slum ps --json``, shown at the end of --help; a test runs them all through the parser.
@@ -109,7 +127,7 @@ def command(name: str, *, examples: str, **attributes: Any) -> Callable[[Callabl
 
         called.__doc__ = function.__doc__
         called.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]  # click's own slot
-        return click.command(name, cls=SlumCommand, epilog=epilog, **attributes)(common_options(called))
+        return click.command(name, cls=cls, epilog=epilog, **attributes)(common_options(called))
 
     return decorate
 
@@ -165,12 +183,19 @@ def invocation(settings: Mapping[str, object]) -> Invocation:
     )
 
 
+def can_consent(asked: Invocation) -> bool:
+    """Tell whether consent is given, or somebody who sees the plan can be asked."""
+    return asked.yes or (not asked.json and sys.stdin.isatty() and sys.stderr.isatty())
+
+
 def consent(asked: Invocation, question: str, *, typed: str | None = None) -> bool:
     """Ask; True with --yes. With *typed* the answer must be that word. ConfigError (exit 2) when nobody can be asked."""
     if asked.yes:
         return True
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise ConfigError("this needs consent, and there is no terminal to ask on; nothing was changed", hint="add --yes")
+    if not can_consent(asked):
+        raise ConfigError(
+            "this needs consent, and there is no terminal to ask on; nothing was changed", hint="add --yes"
+        )
     if typed is None:
         return click.confirm(question, default=False, err=True)
     return str(click.prompt(question, default="", show_default=False, err=True)) == typed

@@ -27,7 +27,9 @@ PAGE = 1000
     """,
 )
 @click.option("-f", "--follow", is_flag=True, help="Go on with new ones until interrupted.")
-@click.option("-n", "--last", metavar="N", type=click.IntRange(0), help="The last N.  [default: 50, or all with --since]")
+@click.option(
+    "-n", "--last", metavar="N", type=click.IntRange(0), help="The last N.  [default: 50, or all with --since]"
+)
 @click.option("--since", metavar="WHEN", help="From then on: 10m, 2h, 2026-11-22T12:00.")
 @click.option("--service", metavar="NAME", help="Only of this service and its instances.")
 @click.option("--kind", metavar="KIND", help="Only of this kind, e.g. service_changed.")
@@ -62,7 +64,9 @@ def events(
             return None
         _show(asked, found)
         if follow:
-            after = found[-1].number if found else max((e.number for e in client.events(limit=1, newest=True)), default=0)
+            after = (
+                found[-1].number if found else max((e.number for e in client.events(limit=1, newest=True)), default=0)
+            )
             for event in client.follow_events(after=after, kind=kind, service=service, actor=actor):
                 _show(asked, (event,))
     return None
@@ -93,6 +97,8 @@ def _verify(asked: Invocation, client: Client) -> int:
     elif found.ok:
         asked.say(f"{found.events} events up to sequence {found.seq}: {asked.paint('the chain holds', 'good')}")
     else:
-        asked.say(f"event {found.first_bad} of {found.events}: {asked.paint('the chain is broken', 'bad')}: {found.why}")
+        asked.say(
+            f"event {found.first_bad} of {found.events}: {asked.paint('the chain is broken', 'bad')}: {found.why}"
+        )
         asked.say("  next: compare with a backup or another member; what came before it is intact")
     return 0 if found.ok else SlumError.exit_code

@@ -8,9 +8,9 @@ import click
 
 from slum import api
 from slum.cli.base import Invocation, command
+from slum.cli.story import explain_lines
 from slum.cli.target import service_argument, split_target
-from slum.cli.views import explain_lines, member_lines, ps_lines, status_lines
-from slum.client import Client
+from slum.cli.views import member_lines, ps_lines, status_lines
 from slum.errors import ConfigError
 from slum.render import closest
 
@@ -75,7 +75,7 @@ def explain(asked: Invocation, service: str) -> None:
     """Tell why SERVICE is in its state: what changed, how it ended, its last words, and what to do next."""
     name, instance = split_target(service)
     with asked.client() as client:
-        told = explained(client, name)
+        told = client.explain(name)
     if instance is not None:
         told = api.Explanation(
             service=name,
@@ -91,15 +91,6 @@ def explain(asked: Invocation, service: str) -> None:
         asked.say(line)
 
 
-def explained(client: Client, service: str) -> api.Explanation:
-    """Return what is known of *service*; ConfigError with the nearest name when nothing is."""
-    known = {view.report.service for view in client.instances()}
-    told = client.explain(service)
-    if service not in known and not told.instances and not told.events and not told.desired:
-        raise ConfigError(f"there is no service {service!r}{closest(service, known)}", hint="`slum ps` lists them")
-    return told
-
-
 def chosen(
     found: tuple[api.InstanceView, ...], service: str, instance: str | None = None, tenement: str | None = None
 ) -> tuple[api.InstanceView, ...]:
@@ -111,12 +102,19 @@ def chosen(
     of_id = tuple(view for view in of_service if instance in (None, view.report.id))
     if not of_id:
         near = closest(str(instance), {view.report.id for view in of_service})
-        raise ConfigError(f"service {service} has no instance {instance!r}{near}", hint=f"`slum ps {service}` lists them")
-    there = tuple(view for view in of_id if tenement in (None, view.tenement))
+        raise ConfigError(
+            f"service {service} has no instance {instance!r}{near}", hint=f"`slum ps {service}` lists them"
+        )
+    there = tuple(view for view in of_id if tenement is None or _is_machine_of(view.tenement, tenement))
     if not there:
         near = closest(str(tenement), {view.tenement for view in of_id})
         raise ConfigError(f"service {service} does not run on {tenement!r}{near}", hint=f"`slum ps {service}`")
     return there
+
+
+def _is_machine_of(machine: str, tenement: str) -> bool:
+    """Tell whether *machine* is the tenement, or one of its several (NAME-1, NAME-2, ...)."""
+    return machine == tenement or (machine.startswith(f"{tenement}-") and machine[len(tenement) + 1 :].isdigit())
 
 
 def _of_another(subject: str, service: str, instance: str) -> bool:

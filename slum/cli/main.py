@@ -15,7 +15,7 @@ from typing import NamedTuple
 import click
 
 from slum import __version__
-from slum.cli.base import EXIT_PIPE, common_options, print_error, style_on
+from slum.cli.base import EXIT_PIPE, common_options, print_error
 from slum.errors import EXIT_DONE, EXIT_INTERRUPTED, SlumError
 
 COMPLETE_VARIABLE = "_SLUM_COMPLETE"
@@ -33,9 +33,9 @@ SECTIONS: dict[str, dict[str, Entry]] = {
         "init": Entry("slum.cli.files:init", "Write a commented slum.toml to start from."),
         "validate": Entry("slum.cli.files:validate", "Check a slum.toml and list every problem at once."),
         "plan": Entry("slum.cli.planning:plan", "Show what apply would do; exit 10 when there is something."),
-        "apply": Entry("slum.cli.apply:apply", "Make the fleet what slum.toml says, and wait until it is healthy."),
-        "rollback": Entry("slum.cli.apply:rollback", "Go back to an earlier revision."),
-        "destroy": Entry("slum.cli.apply:destroy", "Stop and remove everything that the fleet declares."),
+        "apply": Entry("slum.cli.apply:apply", "Make the fleet what slum.toml says, and wait for it."),
+        "rollback": Entry("slum.cli.undo:rollback", "Go back to an earlier revision."),
+        "destroy": Entry("slum.cli.undo:destroy", "Stop and remove everything that the fleet declares."),
     },
     "Look": {
         "status": Entry("slum.cli.look:status", "Show control plane, machines and what is not well."),
@@ -45,7 +45,7 @@ SECTIONS: dict[str, dict[str, Entry]] = {
         "explain": Entry("slum.cli.look:explain", "Tell why a service is in its state, and what to do."),
     },
     "Act on a service": {
-        "restart": Entry("slum.cli.act:restart", "Restart instances, each after the other is healthy."),
+        "restart": Entry("slum.cli.act:restart", "Restart instances and wait until they are well."),
         "stop": Entry("slum.cli.act:stop", "Stop instances until `slum start`."),
         "start": Entry("slum.cli.act:start", "Start what was stopped."),
         "exec": Entry("slum.cli.shell:exec_", "Run a command inside the wall of a running instance."),
@@ -152,7 +152,6 @@ def run(args: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE
     except (KeyboardInterrupt, click.Abort):
-        print_error("interrupted", settings, exit_code=EXIT_INTERRUPTED)
         return EXIT_INTERRUPTED
     except Exception as bug:  # noqa: BLE001 - the outermost boundary: a bug is recorded with its traceback, then exit 1
         from slum.cli.crash import record
@@ -186,4 +185,5 @@ def _usage_hint(error: click.ClickException) -> str:
     return f"`{ctx.command_path} --help` shows what it takes" if ctx is not None else ""
 
 
-__all__ = ["COMMANDS", "main", "run", "slum", "style_on"]
+if __name__ == "__main__":
+    main()

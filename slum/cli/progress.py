@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,19 +17,21 @@ from slum.client import Client
 from slum.render import PHASE_STYLE, clean, instance_name, seconds
 
 if TYPE_CHECKING:
-    from rich.live import Live
+    from rich.text import Text
 
 Show = Callable[[api.Progress], None]
 TELLING = frozenset({"building", "waiting", "creating", "refused", "failed", "backoff", "unhealthy", "degraded"})
 
 
 class Outcome(NamedTuple):
-    """How a change ended: *failed* names machines and instances ("here", "here/notes/main") that are not as asked."""
+    """How a change ended: the last step of each machine ("here") and instance ("here/notes/main") that is concerned."""
 
-    failed: tuple[str, ...]
+    failed: tuple[api.Progress, ...]
+    waiting: tuple[api.Progress, ...]
+    """What had not arrived when the time was up; empty otherwise."""
     in_time: bool
-    waiting: tuple[str, ...]
-    """What had not arrived when the time was up."""
+    replaced: str = ""
+    """Said when somebody committed another revision meanwhile."""
 
 
 def follow(
@@ -42,12 +44,12 @@ def follow(
 ) -> Outcome:
     """Show what happens towards *revision* until all of it (or of the instances in *only*) has arrived."""
     latest: dict[str, api.Progress] = {}
-    failed: tuple[str, ...] = ()
+    replaced, in_time = "", True
     with _shown(asked) as show:
         try:
             for step in client.progress(revision, timeout_s=timeout_s):
                 if step.what == "done":
-                    failed = step.failed
+                    replaced = "" if step.ok or step.failed else step.detail
                     break
                 if only is not None and step.name not in only:
                     continue
@@ -57,14 +59,14 @@ def follow(
                 if only is not None and len(latest) == len(only) and all(s.final for s in latest.values()):
                     break
         except TimeoutError:
-            waiting = tuple(name for name, step in sorted(latest.items()) if not step.final)
-            return Outcome(failed=_bad(latest, only, ()), in_time=False, waiting=waiting)
-    return Outcome(failed=_bad(latest, only, failed), in_time=True, waiting=())
-
-
-def _bad(latest: dict[str, api.Progress], only: frozenset[str] | None, failed: Iterable[str]) -> tuple[str, ...]:
-    bad = {name for name, step in latest.items() if step.final and not step.ok} | set(failed)
-    return tuple(sorted(bad if only is None else bad & only))
+            in_time = False
+    steps = [latest[name] for name in sorted(latest)]
+    return Outcome(
+        failed=tuple(step for step in steps if step.final and not step.ok),
+        waiting=() if in_time else tuple(step for step in steps if not step.final),
+        in_time=in_time,
+        replaced=replaced,
+    )
 
 
 @contextmanager
@@ -105,20 +107,18 @@ def _live() -> Iterator[Show]:
     latest: dict[str, api.Progress] = {}
     started = time.monotonic()
     console = Console(highlight=False)
-    with Live(get_renderable=lambda: _page(latest, time.monotonic() - started), console=console, refresh_per_second=8) as live:
+    with Live(
+        get_renderable=lambda: _page(latest, time.monotonic() - started), console=console, refresh_per_second=8
+    ) as live:
 
         def show(step: api.Progress) -> None:
             latest[step.name] = step
-            _redraw(live)
+            live.refresh()
 
         yield show
 
 
-def _redraw(live: Live) -> None:
-    live.refresh()
-
-
-def _page(latest: dict[str, api.Progress], elapsed_s: float) -> object:
+def _page(latest: dict[str, api.Progress], elapsed_s: float) -> Text:
     from rich.text import Text
 
     styles = {"good": "green", "bad": "red", "warn": "yellow", "dim": "dim"}

@@ -7,13 +7,12 @@ import sys
 import click
 
 from slum import api
-from slum.cli.base import Invocation, command
+from slum.cli.base import Invocation, TrailingCommand, command
 from slum.cli.look import chosen
 from slum.cli.target import service_argument, split_target, tenement_option
 from slum.errors import ConfigError
 from slum.wire import Phase
 
-COMMAND_FIRST = {"ignore_unknown_options": False, "allow_interspersed_args": False}
 RUNNING = frozenset({Phase.HEALTHY, Phase.RUNNING, Phase.DEGRADED, Phase.STARTING, Phase.UNHEALTHY})
 
 
@@ -24,7 +23,7 @@ RUNNING = frozenset({Phase.HEALTHY, Phase.RUNNING, Phase.DEGRADED, Phase.STARTIN
     slum exec notes/acme
     slum exec notes -- sqlite3 notes.db .dump > backup.sql
     """,
-    context_settings=COMMAND_FIRST,
+    cls=TrailingCommand,
 )
 @click.option("-T", "--no-tty", is_flag=True, help="No terminal for the command, also when this is one.")
 @tenement_option
@@ -33,7 +32,8 @@ RUNNING = frozenset({Phase.HEALTHY, Phase.RUNNING, Phase.DEGRADED, Phase.STARTIN
 def exec_(asked: Invocation, service: str, command: tuple[str, ...], no_tty: bool, tenement: str | None) -> int:
     """Run COMMAND inside the wall of a running instance; on a terminal without COMMAND: a shell.
 
-    Ends with the command's exit status, 128 + n when signal n ended it. Options stand before SERVICE.
+    Ends with the command's exit status, 128 + n when signal n ended it. Words after SERVICE are
+    the command's, options of slum stand before it (or before `--`).
     """
     terminal = _terminal(no_tty)
     if not command and not terminal:
@@ -47,7 +47,7 @@ def exec_(asked: Invocation, service: str, command: tuple[str, ...], no_tty: boo
     slum run notes -- python3 migrate.py
     slum run notes/acme -- sh -c 'ls "$SLUM_INSTANCE"'
     """,
-    context_settings=COMMAND_FIRST,
+    cls=TrailingCommand,
 )
 @click.option("-T", "--no-tty", is_flag=True, help="No terminal for the command, also when this is one.")
 @tenement_option
@@ -56,7 +56,8 @@ def exec_(asked: Invocation, service: str, command: tuple[str, ...], no_tty: boo
 def run(asked: Invocation, service: str, command: tuple[str, ...], no_tty: bool, tenement: str | None) -> int:
     """Run a one-off COMMAND behind a new wall like the service's: its files, data, environment and secrets.
 
-    Ends with the command's exit status, 128 + n when signal n ended it. Options stand before SERVICE.
+    Ends with the command's exit status, 128 + n when signal n ended it. Words after SERVICE are
+    the command's, options of slum stand before it (or before `--`).
     """
     return _attach(asked, "run", service, command, terminal=_terminal(no_tty), tenement=tenement)
 

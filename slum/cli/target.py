@@ -13,7 +13,7 @@ from slum.errors import ConfigError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_SPAN = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|min|h|d|w)")
+_SPAN = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|min|m|s|h|d|w)")
 _UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86_400.0, "w": 604_800.0}
 COMPLETION_DEADLINE_S = 0.5
 

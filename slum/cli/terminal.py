@@ -184,7 +184,9 @@ def _connected(home: Home) -> Iterator[socket.socket]:
         try:
             link.connect(str(home.api_socket))
         except OSError as error:
-            raise Unreachable(f"the control plane does not answer: {error.strerror}", hint="`slum up` starts it") from error
+            raise Unreachable(
+                f"the control plane does not answer: {error.strerror}", hint="`slum up` starts it"
+            ) from error
         yield link
 
 

@@ -62,8 +62,9 @@ class FakeFleet:
 
     def event(self, kind: str, subject: str, **more: Any) -> None:
         number = len(self.event_list) + 1
+        seq = more.pop("seq", 100 + number)
         event = api.Event(
-            seq=100 + number, number=number, at=START + number, actor="root@test", kind=kind, subject=subject, **more
+            seq=seq, number=number, at=START + number, actor="root@test", kind=kind, subject=subject, **more
         )
         self.event_list.append(event)
 
@@ -88,9 +89,7 @@ class FakeFleet:
                             views[key] = self._view(machine, service, instance, number, fleet.domain, at)
         self.views = views
 
-    def _view(
-        self, machine: str, service: Any, instance: str, number: int, domain: str, at: float
-    ) -> api.InstanceView:
+    def _view(self, machine: str, service: Any, instance: str, number: int, domain: str, at: float) -> api.InstanceView:
         routed = service.listen != "none"
         phase = wire.Phase.HEALTHY if routed else wire.Phase.RUNNING
         release = release_of(service)
@@ -291,7 +290,7 @@ class FakeApi:
                         serving=report.serving,
                         logs=tuple(line.text for line in f.lines if line.service == report.service) if not ok else (),
                     )
-                while f.stuck:
+                while f.stuck:  # noqa: ASYNC110 - it is set by another thread
                     await asyncio.sleep(0.05)
                 yield api.Progress(what="done", ok=not failed, failed=tuple(failed), final=True)
 

@@ -1,0 +1,131 @@
+"""The page of `slum explain`: one service's state in a sentence, what led there, its last words, what to do next. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from slum import api
+from slum.cli.views import change_text
+from slum.render import PHASE_STYLE, Paint, clean, clock, exit_text, instance_name, seconds
+from slum.wire import Phase
+
+SERVING = frozenset({Phase.HEALTHY, Phase.RUNNING, Phase.DEGRADED})
+GIVEN_UP = frozenset({Phase.FAILED, Phase.BACKOFF, Phase.UNHEALTHY})
+ON_THE_WAY = frozenset({Phase.PENDING, Phase.STARTING, Phase.STOPPING})
+SERVICE_KINDS = frozenset({"service_added", "service_changed", "service_removed"})
+
+
+class Line(NamedTuple):
+    """Something that happened: when, what, and how it ended."""
+
+    at: float
+    what: str
+    result: str = ""
+
+
+def explain_lines(told: api.Explanation, now: float, paint: Paint) -> list[str]:
+    """Return the whole page."""
+    lines = [headline(view, now, paint, alone=len(told.instances) == 1) for view in told.instances]
+    if not told.instances:
+        known = "is declared, but no machine has reported it yet" if told.desired else "is not declared any more"
+        lines = [f"{paint(told.service, 'strong')} {known}"]
+    if told.desired:
+        lines.append(f"  desired: {told.desired}")
+    story = story_of(told)
+    width = max((len(line.what) for line in story if line.result), default=0)
+    for line in story:
+        lines.append(f"  {paint(clock(line.at, now), 'dim')}  {clean(line.what):<{width}}  {line.result}".rstrip())
+    for view in told.instances:
+        if view.report.health:
+            lines.append(f"  last health answer: {clean(view.report.health)}")
+    if told.logs:
+        several = len({(line.tenement, line.id) for line in told.logs}) > 1
+        lines.append("  last log lines:")
+        lines += [f"    {f'{line.id}: ' if several else ''}{clean(line.text)}".rstrip() for line in told.logs]
+    lines.append(f"  next: {next_step(told)}")
+    return lines
+
+
+def headline(view: api.InstanceView, now: float, paint: Paint, *, alone: bool) -> str:
+    """Return one instance's state as a sentence."""
+    report = view.report
+    name = f"{paint(instance_name(report.service, report.id, alone=alone), 'strong')} on {view.tenement}"
+    phase = paint(report.phase, PHASE_STYLE.get(report.phase, ""))
+    detail = clean(report.detail)
+    newest = max((generation.number for generation in report.generations), default=0)
+    since = f" for {seconds(now - report.since)}" if report.since else ""
+    if report.serving is not None and report.phase in SERVING:
+        pid = f" (pid {report.pid})" if report.pid else ""
+        doing = "serves" if report.url else "runs"
+        text = f"{name} is {phase}{since}: generation {report.serving} {doing}{pid}" + (f"; {detail}" if detail else "")
+    elif report.serving is not None:
+        other = f"generation {newest}" if newest > report.serving else "its new release"
+        text = f"{name} is serving generation {report.serving}; {other} is {phase}" + (f": {detail}" if detail else "")
+    else:
+        text = f"{name} is {phase}{since}" + (f": {detail}" if detail else "")
+    if view.stale_s is not None:
+        text += f" (as told {seconds(view.stale_s)} ago: its agent is not connected)"
+    return text
+
+
+def story_of(told: api.Explanation) -> list[Line]:
+    """Return events and ends of processes in the order of time, what belongs together in one line."""
+    alone = len(told.instances) <= 1
+    lines = list(_events(told, alone=alone))
+    for view in told.instances:
+        prefix = "" if alone else f"{view.report.id}: "
+        lines += [
+            Line(ended.at, f"{prefix}generation {ended.generation} ended", exit_text(ended))
+            for ended in view.report.exits
+        ]
+    return sorted(lines, key=lambda line: line.at)
+
+
+def _events(told: api.Explanation, *, alone: bool) -> Iterator[Line]:
+    """A revision that left this service alone is no part of its story; one that changed it is told with the change."""
+    revisions = {event.seq: event for event in told.events if event.kind == "fleet_applied"}
+    for event in told.events:
+        kind, _, subject = event.subject.partition(":")
+        change = change_text(event)
+        if event.kind == "fleet_applied":
+            continue
+        if event.kind in SERVICE_KINDS:
+            verb = event.kind.removeprefix("service_")
+            after = getattr(revisions.get(event.seq), "after", None)
+            revision = after.get("revision") if isinstance(after, Mapping) else None
+            words = f"{verb} by {event.actor}" if revision is None else f"revision {revision} applied by {event.actor}"
+            text = change if event.kind == "service_changed" and change else verb if revision is not None else ""
+        elif event.kind == "override_set":
+            words, text = f"{event.why} asked by {event.actor}", ""
+        else:
+            words, text = event.kind.replace("_", " "), change
+            if kind == "instance":
+                words = words.removeprefix("instance ")
+            elif kind != "service":
+                words = f"{subject}: {words}"
+        prefix = f"{subject.rpartition('/')[2]}: " if kind == "instance" and not alone else ""
+        yield Line(event.at, f"{prefix}{words}{f': {text}' if text else ''}")
+
+
+def next_step(told: api.Explanation) -> str:
+    """Return what to do now."""
+    service = told.service
+    phases = {view.report.phase for view in told.instances}
+    if not told.instances:
+        return "`slum status` shows the machines" if told.desired else "declare it in slum.toml and `slum apply`"
+    if any(view.stale_s is not None for view in told.instances):
+        return "`slum status` shows the machine; its services go on without the control plane"
+    if phases & GIVEN_UP:
+        if any(view.report.serving is not None for view in told.instances):
+            return "fix the cause and `slum apply`, or `slum rollback`; what serves goes on meanwhile"
+        return f"fix the cause and `slum apply`, or `slum restart {service}` to try again as it is"
+    if Phase.DEGRADED in phases:
+        return f"`slum logs {service} -f`; three failed probes in a row restart it"
+    if Phase.STOPPED in phases:
+        return f"`slum start {service}`"
+    if Phase.EXITED in phases:
+        return f"`slum restart {service}` runs it again"
+    if phases & ON_THE_WAY:
+        return f"wait; `slum logs {service} -f` shows what it says"
+    return f"nothing to do; `slum logs {service} -f` shows what it says"
