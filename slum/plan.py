@@ -82,7 +82,8 @@ class _Tally:
 
 
 def _plan_fleet(desired: Fleet, current: Fleet, tally: _Tally) -> Iterator[AnyAction]:
-    if desired.name != current.name or desired.domain != current.domain:
+    is_first = current == Fleet() and bool(desired.operators or desired.tenements)
+    if (desired.name, desired.domain) != (current.name, current.domain) and not is_first:
         yield ChangeFleet(changes=changes_of(current, desired, skip=("operators", "tenements")))
     yield from _plan_operators(_by_name(desired.operators), _by_name(current.operators), tally)
     operators = {operator.name: operator_type(operator) for operator in desired.operators}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from config_support import HEAD, loaded, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,7 +34,6 @@ from slum.model import (
     Tenement,
 )
 from slum.validate import check_fleet
-from tests.config_support import HEAD, loaded, write
 
 ROOT = Path(__file__).resolve().parents[1]
 

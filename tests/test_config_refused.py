@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from config_support import HEAD, problems, write
 
 from slum.errors import ConfigError
 from slum.fleetfile import PROBLEMS_SHOWN, load
-from tests.config_support import HEAD, problems, write
 
 WEB = HEAD + '[tenement.here.service.web]\ncommand = "x"\n'
 """Lines 1 to 6; the case's lines follow from 7 on."""
