@@ -304,9 +304,9 @@ def _opened(root: int, path: str) -> Iterator[BinaryIO]:
             if parent != root:
                 os.close(parent)
             parent = child
-        descriptor = os.open(name, flags | os.O_NONBLOCK, dir_fd=parent)
+        folder = parent
+        with open(name, "rb", opener=lambda n, _: os.open(n, flags | os.O_NONBLOCK, dir_fd=folder)) as file:
+            yield file
     finally:
         if parent != root:
             os.close(parent)
-    with open(descriptor, "rb") as file:
-        yield file

@@ -75,11 +75,8 @@ def parse(raw: bytes, name: str, folder: Path) -> Document:
 
 def _read_bytes(path: Path, name: str) -> bytes:
     try:
-        # O_NONBLOCK: opening a FIFO must not wait for a writer.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        with open(path, "rb", opener=_open_without_waiting) as file:
             mode = os.fstat(file.fileno()).st_mode
-            if stat.S_ISDIR(mode):
-                raise ConfigError(f"{name}: is a folder, not a file", hint=f"name the file, e.g. {name}/slum.toml")
             if not stat.S_ISREG(mode):
                 raise ConfigError(f"{name}: is not a regular file")
             return file.read(BYTES_MAX + 1)
@@ -90,6 +87,10 @@ def _read_bytes(path: Path, name: str) -> bytes:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ConfigError(f"{name}: cannot be read: {why}") from error
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # opening a FIFO would wait for a writer
 
 
 def _syntax_message(error: str, name: str, text: str) -> str:

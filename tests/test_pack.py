@@ -195,6 +195,15 @@ def test_a_slumignore_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
         pack(source, tmp_path / "out")
 
 
+def test_a_slumignore_that_is_a_folder_is_refused_and_nothing_stays_open(tmp_path: Path) -> None:
+    source = tree(tmp_path / "s", {".slumignore/x": ""})
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        with pytest.raises(ConfigError, match="slumignore: is a directory"):
+            pack(source, tmp_path / "out")
+    assert len(os.listdir("/proc/self/fd")) < before + 10
+
+
 def test_limits(tmp_path: Path) -> None:
     source = tree(tmp_path / "s", {})
     with open(source / "big", "wb") as file:
