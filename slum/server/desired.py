@@ -10,20 +10,13 @@ from collections.abc import Mapping
 
 import msgspec
 
-from slum.model import Settings, Stamp
+from slum.model import Settings, Stamp, Tenement
 from slum.server.view import World
 from slum.wire import Desired
 
 
-def all_machines(world: World) -> tuple[str, ...]:
-    """Return the names of the machines that the fleet declares or that still exist, sorted."""
-    declared = {name for tenement in world.fleet.tenements for name in tenement.machine_names}
-    return tuple(sorted(declared | set(world.machines)))
-
-
-def desired_of(world: World, machine: str) -> Desired:
-    """Return what *machine* shall run in *world*, stamped with the world's (generation, seq)."""
-    tenement = world.tenement_of(machine)
+def desired_of(world: World, machine: str, tenement: Tenement | None) -> Desired:
+    """Return what *machine*, of *tenement* if any, shall run in *world*, stamped with the world's (generation, seq)."""
     stamp = Stamp(generation=world.cluster.generation, seq=world.seq)
     if tenement is None:
         return Desired(
@@ -51,9 +44,10 @@ def desired_of(world: World, machine: str) -> Desired:
 
 def advance(old: Mapping[str, Desired], world: World) -> dict[str, Desired]:
     """Return each machine's Desired in *world*; one whose content did not change keeps its old stamp, and is the same."""
+    declared = {machine: tenement for tenement in world.fleet.tenements for machine in tenement.machine_names}
     new = {}
-    for machine in all_machines(world):
-        now, before = desired_of(world, machine), old.get(machine)
+    for machine in sorted(declared.keys() | world.machines.keys()):
+        now, before = desired_of(world, machine, declared.get(machine)), old.get(machine)
         same = before is not None and msgspec.structs.replace(now, stamp=before.stamp) == before
         new[machine] = before if same and before is not None else now
     return new

@@ -55,7 +55,7 @@ def no_service(world: World, service: str) -> Missing:
 
 def _events(control: Control, service: str, machines: set[str]) -> tuple[api.Event, ...]:
     """Return the newest events of the service, and those of its machines that fall among them, oldest first."""
-    reader = control.view.reader()
+    reader = control.view.reader
     own = reader.events(service=service, limit=EVENTS_MAX, newest=True)
     if not own:
         return ()

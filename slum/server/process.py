@@ -21,6 +21,7 @@ from uvicorn.protocols.websockets.wsproto_impl import WSProtocol
 
 from slum import log, wire
 from slum.ledger.client import connect
+from slum.ledger.reader import Reader
 from slum.paths import Home, checked_home
 from slum.server.app import make_app
 from slum.server.blobs import collect_for_ever
@@ -64,12 +65,12 @@ class Server(uvicorn.Server):
 
 def make_server(home: Home) -> Server:
     """Return the server of *home*, not yet running."""
-    control = Control(home, Link(lambda: connect(home.ledger_socket)), View(home.state))
+    control = Control(home, Link(lambda: connect(home.ledger_socket)), View(Reader(home.state / "state.db")))
     tasks = {
         "ledger link": control.link.run(),
         "ledger watch": control.watch(),
         "notes": control.notes.run(control.link, control.view.seq),
-        "blobs": collect_for_ever(control.blobs, lambda: control.view.reader().blobs_named()),
+        "blobs": collect_for_ever(control.blobs, control.view.reader.blobs_named),
         "reconcile": Reconciler(control).run(),
     }
 

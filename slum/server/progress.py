@@ -60,7 +60,7 @@ async def follow(control: Control, revision: int, emit: Emit) -> None:
 
 def _since(control: Control) -> float:
     """Return when the newest fleet or the newest stop, start or restart was committed."""
-    asked = control.view.reader().events(kind="override_set", limit=1, newest=True)
+    asked = control.view.reader.events(kind="override_set", limit=1, newest=True)
     return max([control.world().at, *(event.at for event in asked)])
 
 

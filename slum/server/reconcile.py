@@ -115,7 +115,7 @@ class Reconciler:
         """Return the operators that are concerned: of the fleet, or of the last revision that still declared them."""
         names = {one.operator for one in wanted} | {row.operator for row in world.machines.values()}
         found = {operator.name: operator for operator in world.fleet.operators if operator.name in names}
-        reader = self._control.view.reader()
+        reader = self._control.view.reader
         for revision in range(world.revision - 1, max(0, world.revision - 20), -1):
             if names <= found.keys():
                 break

@@ -36,7 +36,7 @@ async def get_fleet(call: Call) -> api.FleetDoc:
         return api.FleetDoc(
             revision=world.revision, fleet=world.fleet, digest=world.digest, at=world.at, actor=world.actor
         )
-    found = call.control.view.reader().fleet(wanted)
+    found = call.control.view.reader.fleet(wanted)
     if found is None:
         raise Missing(f"there is no revision {wanted}", hint="`slum status` names the newest; the last 20 are kept")
     revision, fleet, digest, at, actor = found
@@ -44,7 +44,7 @@ async def get_fleet(call: Call) -> api.FleetDoc:
 
 
 async def get_revisions(call: Call) -> tuple[api.Revision, ...]:
-    return tuple(call.control.view.reader().revisions())
+    return tuple(call.control.view.reader.revisions())
 
 
 async def put_fleet(call: Call) -> api.Applied:

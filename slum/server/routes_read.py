@@ -99,7 +99,7 @@ async def get_events(call: Call) -> object:
     """Answer a page of events, or follow them where the client accepts text/event-stream."""
     query: EventsQuery = call.query
     if "text/event-stream" not in call.connection.headers.get("accept", ""):
-        found = call.control.view.reader().events(
+        found = call.control.view.reader.events(
             after=query.after,
             limit=max(1, min(query.limit, EVENTS_MAX)),
             kind=query.kind,
@@ -122,7 +122,7 @@ async def _follow_events(control: Control, query: EventsQuery, after: int, emit:
     """Emit matching events above *after* for ever, each once, in order."""
     while True:
         seen = control.committed.count
-        reader = control.view.reader()
+        reader = control.view.reader
         newest = reader.events(limit=1, newest=True)
         while True:
             batch = reader.events(after=after, limit=200, kind=query.kind, service=query.service, actor=query.actor)
@@ -137,4 +137,4 @@ async def _follow_events(control: Control, query: EventsQuery, after: int, emit:
 
 
 async def get_verified(call: Call) -> api.Verified:
-    return call.control.view.reader().verify()
+    return call.control.view.reader.verify()

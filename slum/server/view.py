@@ -6,12 +6,11 @@ be read, asking raises QuorumLost, which the API answers with 503.
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from slum.errors import QuorumLost, SlumError
-from slum.ledger.reader import ClusterRow, IntentRow, MachineRow, Reader
+from slum.errors import QuorumLost
+from slum.ledger.reader import ClusterRow, MachineRow, Reader
 from slum.model import Fleet, Service, Tenement
 from slum.wire import Override
 
@@ -35,7 +34,6 @@ class World:
     """The newest incarnation of each machine, by its name in the fleet; destroyed ones are left out."""
     rows: tuple[MachineRow, ...] = ()
     """Every incarnation of every machine."""
-    intents: tuple[IntentRow, ...] = ()
 
     def tenement_of(self, machine: str) -> Tenement | None:
         """Return the [tenement.X] that *machine* is one of, if the fleet declares it."""
@@ -53,21 +51,11 @@ class World:
 
 
 class View:
-    """Reads state.db in the ledger's folder; opened when first needed, reopened after any failure."""
+    """Reads state.db through *reader*, which is there for what World does not hold (events, older revisions)."""
 
-    def __init__(self, open_reader: Callable[[], Reader]) -> None:
-        self._open = open_reader
-        self._reader: Reader | None = None
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
         self._world: World | None = None
-
-    def reader(self) -> Reader:
-        """Return the reader; QuorumLost while there is nothing to read."""
-        if self._reader is None:
-            try:
-                self._reader = self._open()
-            except (sqlite3.Error, OSError, SlumError) as error:
-                raise _away(error) from error
-        return self._reader
 
     def is_readable(self) -> bool:
         try:
@@ -82,53 +70,36 @@ class View:
 
     def world(self) -> World:
         """Return the state of now; the same object while the seq has not moved."""
-        reader = self.reader()
-        try:
-            return self._read(reader)
-        except (sqlite3.Error, OSError) as error:
-            self.close()
-            raise _away(error) from error
-
-    def close(self) -> None:
-        if self._reader is not None:
-            self._reader.close()
-            self._reader = None
-
-    def _read(self, reader: Reader) -> World:
         while True:
-            seq = reader.seq()
+            seq = self.reader.seq()
             old = self._world
             if old is not None and old.seq == seq:
                 return old
-            world = self._read_at(reader, seq, old)
-            if reader.seq() == seq:
+            world = self._read(seq)
+            # Each query reads for itself: only when nothing was committed meanwhile they belong together.
+            if self.reader.seq() == seq:
                 self._world = world
                 return world
 
-    def _read_at(self, reader: Reader, seq: int, old: World | None) -> World:
-        rows = tuple(reader.machines())
+    def close(self) -> None:
+        self.reader.close()
+
+    def _read(self, seq: int) -> World:
+        rows = self.reader.machines()
         newest: dict[str, MachineRow] = {}
         for row in rows:
             if row.machine not in newest or row.incarnation > newest[row.machine].incarnation:
                 newest[row.machine] = row
-        world = World(
+        revision, fleet, digest, at, actor = self.reader.fleet() or (0, EMPTY, "", 0.0, "")
+        return World(
             seq=seq,
-            cluster=reader.cluster(),
-            overrides=reader.overrides(),
-            rows=rows,
+            cluster=self.reader.cluster(),
+            revision=revision,
+            fleet=fleet,
+            digest=digest,
+            at=at,
+            actor=actor,
+            overrides=self.reader.overrides(),
             machines={machine: row for machine, row in newest.items() if row.state != "destroyed"},
-            intents=tuple(reader.open_intents()),
+            rows=rows,
         )
-        found = reader.fleet()
-        if found is None:
-            return world
-        revision, fleet, digest, at, actor = found
-        if old is not None and old.revision == revision:
-            fleet = old.fleet
-        return replace(world, revision=revision, fleet=fleet, digest=digest, at=at, actor=actor)
-
-
-def _away(error: Exception) -> QuorumLost:
-    return QuorumLost(
-        f"the ledger's state cannot be read: {error}", hint="the ledger is restarted by itself; try again"
-    )
