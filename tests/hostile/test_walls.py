@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import json
 import os
 import runpy
@@ -11,7 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from walls_support import PYTHON, Running, Yard, descendants, open_limits, open_yard, wait_until
 
 from slum.model import Level
+from slum.node.runners.namespace import NamespaceRunner, Way
+from slum.node.types import Available
 
 pytestmark = [pytest.mark.root, pytest.mark.xdist_group("hostile")]
 
@@ -152,9 +155,22 @@ def outside(scene: Scene) -> dict[str, tuple[bool, str]]:
     return json.loads(done.stdout)
 
 
-@pytest.fixture(scope="module")
-def inside_namespace(scene: Scene) -> dict[str, tuple[bool, str]]:
-    return attack(scene, Level.NAMESPACE, "hostile-ns")
+@contextmanager
+def walled(scene: Scene, way: Way) -> Iterator[None]:
+    """Have walls put up in *way* meanwhile."""
+    runner = scene.yard.runners[Level.NAMESPACE]
+    assert isinstance(runner, NamespaceRunner)
+    assert isinstance(runner.probe(), Available)
+    assert runner._wall is not None
+    proven, runner._wall = runner._wall, dataclasses.replace(runner._wall, way=way)
+    yield
+    runner._wall = proven
+
+
+@pytest.fixture(scope="module", params=Way)
+def inside_namespace(scene: Scene, request: pytest.FixtureRequest) -> dict[str, tuple[bool, str]]:
+    with walled(scene, request.param):
+        return attack(scene, Level.NAMESPACE, f"hostile-{request.param.name.lower()}")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,319 @@
+"""Limits by real cgroups: fork bombs and memory hogs hurt only themselves, figures are right and cheap, nothing is left."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from walls_support import PYTHON, Yard, open_limits, open_yard, wait_until
+
+from slum.errors import InvariantError, SlumError
+from slum.model import Level
+from slum.node.limits import detect as detecting
+from slum.node.limits.detect import Hierarchy, base_name, detect, read_hierarchies, try_unified
+from slum.node.limits.groups import Limits, Place, field, settings
+from slum.node.types import Cgroup
+from slum.paths import Home
+
+UID = 200_003
+
+HYBRID_MOUNTS = """\
+24 1 254:0 / / rw,relatime - ext4 /dev/vda rw
+30 24 0:26 / /sys/fs/cgroup ro,nosuid - tmpfs tmpfs ro,mode=755
+31 30 0:27 / /sys/fs/cgroup/unified rw,nosuid shared:9 - cgroup2 cgroup2 rw,nsdelegate
+33 30 0:29 / /sys/fs/cgroup/cpu,cpuacct rw,nosuid - cgroup cgroup rw,cpu,cpuacct
+34 30 0:30 /docker/abc /sys/fs/cgroup/memory rw,nosuid - cgroup cgroup rw,memory
+35 30 0:31 / /sys/fs/cgroup/systemd rw,nosuid - cgroup cgroup rw,xattr,name=systemd
+36 30 0:32 / /sys/fs/cgroup/pids rw,nosuid - cgroup cgroup rw,pids
+37 30 0:32 / /mnt/pids-again rw,nosuid - cgroup cgroup rw,pids
+"""
+HYBRID_OWN = (
+    "12:memory:/docker/abc/init\n4:cpu,cpuacct:/user.slice\n3:pids:/\n1:name=systemd:/x\n0::/user.slice/s.scope\n"
+)
+
+
+@pytest.fixture
+def yard() -> Iterator[Yard]:
+    with open_yard() as opened:
+        yield opened
+
+
+@pytest.fixture
+def limits(yard: Yard) -> Iterator[Limits]:
+    with open_limits(yard.home) as found:
+        if not found.controllers:
+            pytest.skip(f"no cgroups: {found.why}")
+        yield found
+
+
+def home(run: str) -> Home:
+    return Home(data=Path("/nonexistent"), run=Path(run))
+
+
+def test_hierarchies_are_read_from_what_the_kernel_says() -> None:
+    cgroup = Path("/sys/fs/cgroup")
+    assert read_hierarchies(HYBRID_MOUNTS, HYBRID_OWN) == (
+        Hierarchy(mount=cgroup / "unified", unified=True, own="/user.slice/s.scope"),
+        Hierarchy(
+            mount=cgroup / "cpu,cpuacct", unified=False, own="/user.slice", controllers=frozenset({"cpu", "cpuacct"})
+        ),
+        Hierarchy(mount=cgroup / "memory", unified=False, own="/init", controllers=frozenset({"memory"})),
+        Hierarchy(mount=cgroup / "pids", unified=False, own="/", controllers=frozenset({"pids"})),
+    )
+
+
+def test_settings_of_v1_and_v2() -> None:
+    every = frozenset({"memory", "cpu", "pids"})
+    v2 = Place(base=Path("/x"), unified=True, controllers=every)
+    assert settings(v2, 64, 250, 10) == (
+        ("memory.max", "67108864", True),
+        ("memory.swap.max", "0", False),
+        ("cpu.weight", "250", True),
+        ("pids.max", "12", True),
+    )
+    assert dict(name[:2] for name in settings(v2, None, None, None)) == {
+        "memory.max": "max",
+        "memory.swap.max": "max",
+        "cpu.weight": "100",
+        "pids.max": "max",
+    }
+    v1 = Place(base=Path("/x"), unified=False, controllers=every)
+    assert [name[:2] for name in settings(v1, 64, 250, 10)] == [
+        ("memory.memsw.limit_in_bytes", "-1"),
+        ("memory.limit_in_bytes", "67108864"),
+        ("memory.memsw.limit_in_bytes", "67108864"),
+        ("cpu.shares", "2560"),
+        ("pids.max", "12"),
+    ]
+    assert dict(name[:2] for name in settings(v1, None, 1, None))["cpu.shares"] == "10"
+    assert settings(Place(base=Path("/x"), unified=True), 64, 1, 1) == ()
+
+
+def test_field_reads_one_number() -> None:
+    text = b"oom 1\noom_kill 7\noom_group_kill 9"
+    assert (field(text, b"oom"), field(text, b"oom_kill"), field(text, b"oom_group_kill")) == (1, 7, 9)
+    assert field(text, b"kill") is None
+
+
+def test_each_slum_has_a_base_of_its_own() -> None:
+    assert base_name(home("/run/slum")) == "slum"
+    assert base_name(home("/tmp/a")) != base_name(home("/tmp/b"))
+
+
+def test_without_any_hierarchy_there_is_a_reason_and_no_limit() -> None:
+    nothing = Limits((), why="no cgroup file system is mounted", fix="mount one")
+    assert nothing.how == ""
+    assert nothing.prepare("free") == Cgroup(name="", procs_files=())
+    assert nothing.stats("free") is None
+    nothing.kill("free")
+    assert nothing.remove("free")
+    assert nothing.list() == ()
+    with pytest.raises(SlumError, match="memory, pids do not work here: no cgroup"):
+        nothing.prepare("bound", memory_mb=64, pids=10)
+
+
+@pytest.mark.root
+def test_what_was_found_is_said_and_found_again(yard: Yard, limits: Limits) -> None:
+    assert limits.how.startswith("cgroup v")
+    assert detect(yard.home).how == limits.how
+    assert not [name for name in limits.list() if name.startswith("trial")]
+
+
+@pytest.mark.root
+def test_names_cannot_lead_elsewhere(limits: Limits) -> None:
+    for name in ("../escape", "a/b", ".", "", "x" * 200):
+        if name:
+            with pytest.raises(InvariantError):
+                limits.prepare(name)
+
+
+@pytest.mark.root
+def test_limits_are_set_changed_and_lifted(limits: Limits) -> None:
+    cgroup = limits.prepare("changing", memory_mb=64, cpu_shares=200, pids=10)
+    assert cgroup == limits.prepare("changing", memory_mb=128, cpu_shares=50, pids=20)
+    assert cgroup == limits.prepare("changing", memory_mb=32)
+    assert cgroup == limits.prepare("changing")
+    texts = [
+        (Path(file).parent / name).read_text().strip()
+        for file in cgroup.procs_files
+        for name in ("pids.max", "cpu.shares", "cpu.weight")
+        if (Path(file).parent / name).exists()
+    ]
+    assert texts
+    assert set(texts) <= {"max", "1024", "100"}
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("level", [Level.PROCESS, Level.NAMESPACE])
+def test_out_of_memory_kills_only_inside(yard: Yard, limits: Limits, level: Level) -> None:
+    """The hog dies of SIGKILL at its limit, swap or not; the figure says so; a neighbour with the same limit lives."""
+    quiet = "import signal; print('ready', flush=True); signal.pause()"
+    bystander = yard.start(
+        level,
+        yard.instance("quiet", (PYTHON, "-c", quiet), uid=UID, cgroup=limits.prepare("quiet", memory_mb=64)),
+    )
+    bystander.read_until(b"ready")
+    hog = "held = []\nwhile len(held) < 400: held.append(b'x' * (1 << 20))\nprint('no limit')"
+    made = yard.instance("hog", (PYTHON, "-c", hog), uid=UID + 1, cgroup=limits.prepare("hog", memory_mb=48))
+    status, output = yard.run(level, made)
+    assert status in (-9, 137)
+    assert "no limit" not in output
+    hurt, spared = limits.stats("hog"), limits.stats("quiet")
+    assert hurt is not None
+    assert hurt.oom_kills
+    assert spared is not None
+    assert spared.oom_kills == 0
+    os.kill(bystander.pid, 0)
+
+
+@pytest.mark.root
+def test_scratch_space_counts_as_memory(yard: Yard, limits: Limits) -> None:
+    """/tmp behind the wall is memory, so the memory limit bounds it."""
+    fill = "import os\nwith open('/tmp/fill', 'wb') as f:\n  for _ in range(200): f.write(bytes(1 << 20))\nprint('no limit')"
+    made = yard.instance("filler", (PYTHON, "-c", fill), uid=UID, cgroup=limits.prepare("filler", memory_mb=48))
+    status, output = yard.run(Level.NAMESPACE, made)
+    assert status in (-9, 137, 1)
+    assert "no limit" not in output
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("level", [Level.PROCESS, Level.NAMESPACE])
+def test_a_fork_bomb_stays_small_and_dies_whole(yard: Yard, limits: Limits, level: Level) -> None:
+    bomb = """
+import os, signal
+failed = 0
+while failed < 50:
+    try:
+        if os.fork() == 0:
+            signal.alarm(60)
+            signal.pause()
+    except OSError:
+        failed += 1
+        if failed == 1:
+            print("full", flush=True)
+signal.pause()
+"""
+    cgroup = limits.prepare("bomb", memory_mb=256, pids=30)
+    running = yard.start(level, yard.instance("bomb", (PYTHON, "-c", bomb), uid=UID, cgroup=cgroup))
+    running.read_until(b"full")
+    stats = limits.stats("bomb")
+    assert stats is not None
+    assert stats.pids is not None
+    assert 30 <= stats.pids <= 32
+    assert not limits.remove("bomb")
+    limits.kill("bomb")
+    assert running.wait() != 0
+    wait_until(lambda: limits.remove("bomb"), "the group is empty")
+
+
+@pytest.mark.root
+def test_killing_works_without_the_kernels_own_way(yard: Yard, limits: Limits) -> None:
+    """As on kernels before 5.14, which have no cgroup.kill."""
+    older = Limits(tuple(place for place in limits._places if not place.unified))
+    if not older.controllers:
+        pytest.skip("cgroup v1 is not mounted")
+    cgroup = older.prepare("older", pids=50)
+    assert cgroup.kill_file is None
+    forking = "import os, time\nfor _ in range(5): os.fork()\nprint('ready', flush=True)\ntime.sleep(100)"
+    running = yard.start(Level.PROCESS, yard.instance("older", (PYTHON, "-c", forking), uid=UID, cgroup=cgroup))
+    running.read_until(b"ready")
+    older.kill("older")
+    assert running.wait() == -9
+    wait_until(lambda: older.remove("older"), "the group is empty")
+
+
+@pytest.mark.root
+def test_figures_are_right(yard: Yard, limits: Limits) -> None:
+    code = "held = bytearray(b'x' * (30 << 20))\nn = 0\nwhile n < 3_000_000: n += 1\nprint('ready', flush=True)\nimport signal\nsignal.pause()"
+    made = yard.instance("known", (PYTHON, "-c", code), uid=UID, cgroup=limits.prepare("known"))
+    running = yard.start(Level.PROCESS, made)
+    running.read_until(b"ready")
+    stats = limits.stats("known")
+    assert stats is not None
+    ticks = sum(map(int, Path(f"/proc/{running.pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]))
+    assert stats.pids == 1
+    assert stats.oom_kills == 0
+    assert stats.memory_bytes is not None
+    assert 30 << 20 <= stats.memory_bytes <= 60 << 20
+    assert stats.cpu_s == pytest.approx(ticks / os.sysconf("SC_CLK_TCK"), abs=0.1)
+    assert limits.stats("unknown") is None
+
+
+@pytest.mark.root
+def test_figures_of_200_services_are_cheap(limits: Limits) -> None:
+    names = [f"cheap-{number}" for number in range(200)]
+    for name in names:
+        limits.prepare(name)
+    took = []
+    for _ in range(5):
+        began = time.thread_time()
+        for name in names:
+            limits.stats(name)
+        took.append(time.thread_time() - began)
+    assert min(took) < 0.020
+    assert set(limits.list()) == set(names)
+
+
+@pytest.mark.root
+def test_v2_hands_controllers_on_and_moves_its_own_processes_into_a_leaf(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With hugetlb, which this kernel's v2 may have when memory, cpu and pids belong to v1; the rules are the same.
+
+    A group that we own and live in stands for a unit with Delegate=yes: its processes block the controller at first.
+    """
+    mounted = [
+        h
+        for h in read_hierarchies(Path("/proc/self/mountinfo").read_text(), Path("/proc/self/cgroup").read_text())
+        if h.unified
+    ]
+    if not mounted:
+        pytest.skip("cgroup v2 is not mounted")
+    mount = mounted[0].mount
+    there = set((mount / "cgroup.controllers").read_text().split())
+    wanted = "hugetlb" if "hugetlb" in there else next(iter(there & {"pids", "memory"}), None)
+    if wanted is None:
+        pytest.skip("cgroup v2 has no controller to try this with")
+    monkeypatch.setattr(detecting, "WANTED", (wanted,))
+    enabled = wanted in (mount / "cgroup.subtree_control").read_text().split()
+    (mount / "cgroup.subtree_control").write_text(f"+{wanted}")
+    unit = mount / f"slum-test-{os.getpid()}.service"
+    unit.mkdir()
+    os.setxattr(unit, "user.delegate" if _takes_user_xattr(unit) else "trusted.delegate", b"1")
+    sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        (unit / "cgroup.procs").write_text(str(sleeper.pid))
+        hierarchy = Hierarchy(mount=mount, unified=True, own=f"/{unit.name}")
+        place = try_unified(hierarchy, "slum-x")
+        assert place == Place(base=unit / "slum-x", unified=True, controllers=frozenset({wanted}))
+        assert (unit / "keeper" / "cgroup.procs").read_text().split() == [str(sleeper.pid)]
+        assert (unit / "cgroup.procs").read_text() == ""
+        again = try_unified(Hierarchy(mount=mount, unified=True, own=f"/{unit.name}/keeper"), "slum-x")
+        assert again == place
+    finally:
+        sleeper.kill()
+        sleeper.communicate()
+        for folder in (unit / "slum-x", unit / "keeper", unit):
+            if folder.exists():
+                wait_until(lambda folder=folder: _removed(folder), f"{folder} is empty")
+        if not enabled:
+            (mount / "cgroup.subtree_control").write_text(f"-{wanted}")
+
+
+def _takes_user_xattr(folder: Path) -> bool:
+    try:
+        os.setxattr(folder, "user.try", b"1")
+    except OSError:
+        return False
+    return True
+
+
+def _removed(folder: Path) -> bool:
+    try:
+        folder.rmdir()
+    except OSError:
+        return False
+    return True
