@@ -43,6 +43,7 @@ class WebSocket:
         self._parts: list[bytes] = []
         self._size = 0
         self._open = False
+        self._ended = ""
         self._refusal = bytearray()
         self.heard_at = asyncio.get_running_loop().time()
         """When anything last came, in the loop's time."""
@@ -74,7 +75,13 @@ class WebSocket:
     async def receive(self) -> bytes:
         """Return the next message."""
         while not self._messages:
-            await self._read()
+            if self._ended:
+                raise Unreachable(self._ended)
+            try:
+                await self._read()
+            except Unreachable as error:
+                # What came before the end, often in the same packet, is read first.
+                self._ended = str(error)
         return self._messages.popleft()
 
     async def close(self) -> None:
