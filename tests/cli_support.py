@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,9 +97,7 @@ def lonely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captur
 
 
 @contextmanager
-def bare_desk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Iterator[Desk]:
+def bare_desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Desk]:
     short = Path(f"/tmp/c{secrets.token_hex(5)}")
     # Not below tmp_path, which the services' own users cannot pass.
     home = checked_home(short.with_name(short.name + "-d"), short)
@@ -107,8 +106,11 @@ def bare_desk(
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     for name in [name for name in os.environ if name.startswith("SLUM_")]:
         monkeypatch.delenv(name)
+    # pytest-xdist's workers ignore SIGINT, and so would all that they start.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield Desk(tmp_path, home, capfd)
     finally:
+        signal.signal(signal.SIGINT, before)
         shutil.rmtree(home.run, ignore_errors=True)
         shutil.rmtree(home.data, ignore_errors=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import selectors
-import shutil
 import signal
 import socket
 import sys
@@ -40,7 +39,7 @@ def attach(home: Home, path: str, query: list[tuple[str, str]], *, terminal: boo
     be started.
     """
     if terminal:
-        columns, rows = shutil.get_terminal_size()
+        columns, rows = os.get_terminal_size(0)
         query = [*query, ("tty", "1"), ("rows", str(rows)), ("columns", str(columns))]
     with ExitStack() as stack:
         link = stack.enter_context(_connected(home))
@@ -60,6 +59,8 @@ class _Session:
         self._partial = bytearray()
         self._end: wire.StreamEnd | None = None
         self._closed = False
+        self._deaf = False
+        """The far side takes nothing any more; what it said is still read."""
 
     def open(self) -> None:
         """Shake hands; raises the Problem that the server refused with."""
@@ -95,7 +96,7 @@ class _Session:
             if resized is not None:
                 watched.register(resized, selectors.EVENT_READ)
             while not (self._end or self._closed):
-                want = not at_end and len(self._out) < BACKLOG_BYTES_MAX
+                want = not (at_end or self._deaf) and len(self._out) < BACKLOG_BYTES_MAX
                 if want != reading:
                     (watched.register(0, selectors.EVENT_READ) if want else watched.unregister(0))
                     reading = want
@@ -108,25 +109,32 @@ class _Session:
                         self._say(wire.StreamData(data=data, channel=0))
                     elif key.fd == resized:
                         os.read(resized, 512)
-                        columns, rows = shutil.get_terminal_size()
+                        columns, rows = os.get_terminal_size(0)
                         self._say(wire.StreamResize(rows=rows, columns=columns))
                     else:
                         self._exchange(ready)
         return self._status()
 
     def _exchange(self, ready: int) -> None:
-        try:
-            if ready & selectors.EVENT_WRITE:
-                del self._out[: self._link.send(self._out)]
-            if ready & selectors.EVENT_READ:
+        """Read before writing: a far side that takes no more may have said its last word already."""
+        if ready & ~selectors.EVENT_WRITE:
+            try:
                 data = self._link.recv(INPUT_BYTES)
-                self._frames.receive_data(data or None)
-                self._take()
-                self._closed = self._closed or not data
-        except BlockingIOError:
-            return
-        except OSError:
-            self._closed = True
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            self._frames.receive_data(data or None)
+            self._take()
+            self._closed = self._closed or not data
+        if ready & selectors.EVENT_WRITE and not self._deaf:
+            try:
+                del self._out[: self._link.send(self._out)]
+            except BlockingIOError:
+                return
+            except OSError:
+                self._deaf = True
+                self._out.clear()
 
     def _take(self) -> None:
         for event in self._frames.events():
@@ -151,7 +159,8 @@ class _Session:
         self._send(events.BytesMessage(data=wire.encoder.encode(message)))
 
     def _send(self, event: events.Event) -> None:
-        self._out += self._frames.send(event)
+        if not self._deaf:
+            self._out += self._frames.send(event)
 
     def _status(self) -> int:
         if self._end is None:
@@ -200,7 +209,7 @@ def _raw_mode() -> Iterator[None]:
 
     old = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
-        tty_modes.setraw(0)
+        tty_modes.setraw(0, termios.TCSADRAIN)  # the default would drop what was typed ahead
         yield
     finally:
         termios.tcsetattr(0, termios.TCSADRAIN, before)

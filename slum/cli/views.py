@@ -43,7 +43,7 @@ def ps_lines(instances: Sequence[api.InstanceView], now: float, paint: Paint) ->
                 _cpu(view, now),
                 "" if report.memory_bytes is None else size(report.memory_bytes),
                 "" if report.requests is None else str(report.requests),
-                str(report.restarts) if report.restarts else "",
+                str(report.restarts),
                 report.url or "",
                 _remark(view),
             )

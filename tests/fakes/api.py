@@ -8,6 +8,7 @@ the commit, 503, services that fail, a progress that never arrives.
 from __future__ import annotations
 
 import asyncio
+import difflib
 import hashlib
 import os
 import pty
@@ -187,6 +188,7 @@ class FakeApi:
             self._guarded,
             uds=str(self.socket),
             ws="wsproto",
+            loop="asyncio",
             interface="asgi3",
             proxy_headers=False,
             lifespan="off",
@@ -351,6 +353,9 @@ class FakeApi:
         async def explain(request: Request) -> Response:
             name = request.path_params["service"]
             views = tuple(view for view in f.views.values() if view.report.service == name)
+            if not views and not any(name in re.split("[:/]", e.subject) for e in f.event_list):
+                near = difflib.get_close_matches(name, [view.report.service for view in f.views.values()], n=1)
+                return _answer_error(ConfigError(f"no service {name!r}; did you mean {near[0]!r}?" if near else "none"))
             found = tuple(e for e in f.event_list if e.kind == "fleet_applied" or name in re.split("[:/]", e.subject))
             unwell = tuple(line for line in f.lines if line.service == name)
             desired = f"revision {f.revision}, by root@test" if views else ""
@@ -441,18 +446,20 @@ async def shell(socket: WebSocket) -> None:
     except OSError as error:
         await _send(socket, wire.StreamEnd(error=f"cannot run {command[0]}: {error.strerror}"))
         return
-    assert child.stdin is not None
+    stdin = child.stdin
+    assert stdin is not None
 
     async def give_input() -> None:
-        assert child.stdin is not None
-        while True:
-            message = wire.on_stream.decode(await socket.receive_bytes())
-            if isinstance(message, wire.StreamData):
-                if not message.data:
-                    child.stdin.close()
-                    return
-                child.stdin.write(message.data)
-                await child.stdin.drain()
+        try:
+            while True:
+                message = wire.on_stream.decode(await socket.receive_bytes())
+                if isinstance(message, wire.StreamData) and not stdin.is_closing():
+                    stdin.write(message.data)
+                    if not message.data:
+                        stdin.close()
+        except WebSocketDisconnect:
+            if child.returncode is None:
+                child.kill()
 
     async def take(stream: asyncio.StreamReader | None, channel: int) -> None:
         assert stream is not None
@@ -462,11 +469,14 @@ async def shell(socket: WebSocket) -> None:
     feeding = asyncio.create_task(give_input(), name="input")
     await asyncio.gather(take(child.stdout, 1), take(child.stderr, 2))
     status = await child.wait()
+    await _send(socket, wire.StreamEnd(status=status))
+    await _stop(feeding)
+    stdin.close()
+
+
+async def _stop(feeding: asyncio.Task[None]) -> None:
     feeding.cancel()
     await asyncio.gather(feeding, return_exceptions=True)
-    child.stdin.close()
-    await _send(socket, wire.StreamEnd(status=status))
-    await socket.close()
 
 
 async def _terminal(socket: WebSocket, command: list[str], rows: int, columns: int) -> None:
@@ -477,19 +487,22 @@ async def _terminal(socket: WebSocket, command: list[str], rows: int, columns: i
     leader, follower = pty.openpty()
     fcntl.ioctl(leader, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
     child = await asyncio.create_subprocess_exec(
-        *command, stdin=follower, stdout=follower, stderr=follower, start_new_session=True
+        *command, stdin=follower, stdout=follower, stderr=follower, preexec_fn=lambda: _own_terminal(follower)
     )
     os.close(follower)
     loop = asyncio.get_running_loop()
-    over = asyncio.Event()
 
     async def give_input() -> None:
-        while True:
-            message = wire.on_stream.decode(await socket.receive_bytes())
-            if isinstance(message, wire.StreamResize):
-                fcntl.ioctl(leader, termios.TIOCSWINSZ, struct.pack("HHHH", message.rows, message.columns, 0, 0))
-            elif isinstance(message, wire.StreamData):
-                os.write(leader, message.data or b"\x04")
+        try:
+            while True:
+                message = wire.on_stream.decode(await socket.receive_bytes())
+                if isinstance(message, wire.StreamResize):
+                    fcntl.ioctl(leader, termios.TIOCSWINSZ, struct.pack("HHHH", message.rows, message.columns, 0, 0))
+                elif isinstance(message, wire.StreamData):
+                    os.write(leader, message.data or b"\x04")
+        except WebSocketDisconnect:
+            if child.returncode is None:
+                child.kill()
 
     out: asyncio.Queue[bytes] = asyncio.Queue()
 
@@ -498,7 +511,6 @@ async def _terminal(socket: WebSocket, command: list[str], rows: int, columns: i
             data = os.read(leader, 65536)
         except OSError:
             loop.remove_reader(leader)
-            over.set()
             data = b""
         out.put_nowait(data)
 
@@ -506,19 +518,24 @@ async def _terminal(socket: WebSocket, command: list[str], rows: int, columns: i
     feeding = asyncio.create_task(give_input(), name="input")
     while data := await out.get():
         await _send(socket, wire.StreamData(data=data))
-    status = await child.wait()
-    feeding.cancel()
-    await asyncio.gather(feeding, return_exceptions=True)
+    await _send(socket, wire.StreamEnd(status=await child.wait()))
+    await _stop(feeding)
     os.close(leader)
-    await _send(socket, wire.StreamEnd(status=status))
-    await socket.close()
+
+
+def _own_terminal(follower: int) -> None:
+    import fcntl
+    import termios
+
+    os.setsid()
+    fcntl.ioctl(follower, termios.TIOCSCTTY, 0)
 
 
 async def _send(socket: WebSocket, message: wire.OnStream) -> None:
     try:
         await socket.send_bytes(wire.encoder.encode(message))
-    except WebSocketDisconnect:
-        return
+    except (WebSocketDisconnect, RuntimeError):
+        return  # the client has gone
 
 
 async def _swallow(message: object) -> None:
