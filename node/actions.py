@@ -156,3 +156,11 @@ class Decision(Frozen):
     actions: tuple[Action, ...] = ()
     wake_at: float | None = None
     """Ask again then, if nothing was observed before."""
+
+
+class Plan(Frozen):
+    """The decisions for several instances, ordered by key."""
+
+    actions: tuple[Action, ...] = ()
+    wakes: dict[Key, float] = {}
+    """When to ask again about which instance."""

@@ -81,13 +81,16 @@ def summary(failed: Failures) -> str:
 
 
 def cause(past: Past) -> str:
+    """Return why *past* ended: "exit 2", "signal 9", "out of memory", "unhealthy: 3 probes failed"."""
     if past.why:
         return past.why
-    if past.oom:
-        return "out of memory"
-    if past.status is None:
+    return "out of memory" if past.oom else exit_words(past.status)
+
+
+def exit_words(status: int | None) -> str:
+    if status is None:
         return "ended unseen"
-    return f"exit {past.status}" if past.status >= 0 else f"signal {-past.status}"
+    return f"exit {status}" if status >= 0 else f"signal {-status}"
 
 
 def _failed(past: Past, policy: Restart) -> bool:

@@ -195,8 +195,11 @@ def proven(seen: Observed, generation: Generation) -> Observed:
     return msgspec.structs.replace(seen, good=Good(release=generation.release, service=generation.service))
 
 
-def ended(seen: Observed, number: int, status: int | None, at: float, *, oom: bool = False) -> Observed:
-    """Return *seen* after the end of generation *number*; a second time for the same one changes nothing."""
+def ended(seen: Observed, number: int, status: int | None, at: float, *, oom: bool = False, why: str = "") -> Observed:
+    """Return *seen* after the end of generation *number*; a second time for the same one changes nothing.
+
+    *why* tells what kept it from starting at all, which is a failure.
+    """
     generation = seen.generation(number)
     if generation is None or not generation.alive:
         return seen
@@ -213,7 +216,7 @@ def ended(seen: Observed, number: int, status: int | None, at: float, *, oom: bo
         ran_s=max(0.0, at - generation.started_at),
         ready_s=0.0 if ready_since is None else max(0.0, at - ready_since),
         asked=isinstance(stage, Stopping),
-        why=stage.why if isinstance(stage, Stopping) else "",
+        why=why or (stage.why if isinstance(stage, Stopping) else ""),
         ordinal=seen.past[-1].ordinal + 1 if seen.past and seen.past[-1].at >= seen.since else 1,
     )
     seen = staged(seen, number, Ended())

@@ -76,6 +76,31 @@ def make_data_folder(folder: Path, *, uid: int | None, gid: int | None) -> None:
         _make_folder(folder, uid, gid if gid is not None else -1, 0o700)
 
 
+def open_to_traversal(folder: Path, router_gid: int) -> None:
+    """Let the router's group pass *folder*, because a socket that the service chose lies in it; it still cannot list it."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fchown(fd, -1, router_gid)
+        os.fchmod(fd, 0o2710)
+    finally:
+        os.close(fd)
+
+
+def remove_socket(path: Path, folder: Path) -> None:
+    """Remove the socket at *path* directly in *folder*, if one is there; anything else stays."""
+    try:
+        fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        if stat.S_ISSOCK(os.stat(path.name, dir_fd=fd, follow_symlinks=False).st_mode):
+            os.unlink(path.name, dir_fd=fd)
+    except FileNotFoundError:
+        return
+    finally:
+        os.close(fd)
+
+
 def remove_folder(folder: Path) -> None:
     """Remove *folder* and what is in it, following no link; absent is fine."""
     if folder.is_dir() and not folder.is_symlink():

@@ -16,7 +16,7 @@ Must never: start a second generation of what already lives, signal what is not 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from slum.model import Deploy, Key, Listen, Service, Settings, release_of
 from slum.node.actions import (
@@ -31,6 +31,7 @@ from slum.node.actions import (
     GiveUp,
     Kill,
     Missing,
+    Plan,
     PreDeploy,
     Preparation,
     Prepare,
@@ -89,11 +90,9 @@ def plan(
     settings: Settings,
     now: float,
     keys: Iterable[Key] | None = None,
-) -> Decision:
+) -> Plan:
     """Return what to do for *keys* (all when None), ordered by key, and when to ask again."""
-    ids: dict[str, list[Key]] = {}
-    for key in wants:
-        ids.setdefault(key.service, []).append(key)
+    ids = keys_of(wants)
     live_removed = {
         name
         for key, seen in observed.items()
@@ -102,7 +101,7 @@ def plan(
         for name in generation.service.depends_on
     }
     actions: list[Action] = []
-    wake_at: float | None = None
+    wakes: dict[Key, float] = {}
     for key in sorted(set(keys) if keys is not None else {*wants, *observed}):
         want, seen = wants.get(key), observed.get(key) or Observed(key=key)
         good = seen.good.release if seen.good else ""
@@ -110,21 +109,30 @@ def plan(
             settings=settings,
             wanted=preparations.get(want.release, PREPARED) if want else PREPARED,
             fallback=preparations.get(good, PREPARED),
-            waits_for=waits_for(want, wants, observed, ids) if want else "",
+            waits_for=waits_for(want, wants, observed.get, ids) if want else "",
             dependents_live=want is None and key.service in live_removed,
         )
         decision = decide(want, seen, around, now)
         actions += decision.actions
-        wake_at = _sooner(wake_at, decision.wake_at)
-    return Decision(actions=tuple(actions), wake_at=wake_at)
+        if decision.wake_at is not None:
+            wakes[key] = decision.wake_at
+    return Plan(actions=tuple(actions), wakes=wakes)
+
+
+def keys_of(wants: Iterable[Key]) -> dict[str, list[Key]]:
+    """Return the keys of each service."""
+    ids: dict[str, list[Key]] = {}
+    for key in wants:
+        ids.setdefault(key.service, []).append(key)
+    return ids
 
 
 def waits_for(
-    want: Want, wants: Mapping[Key, Want], observed: Mapping[Key, Observed], ids: Mapping[str, list[Key]]
+    want: Want, wants: Mapping[Key, Want], seen: Callable[[Key], Observed | None], ids: Mapping[str, list[Key]]
 ) -> str:
     """Return the first dependency of *want* with no healthy instance, or with one that may still become healthy."""
     for name in want.service.depends_on:
-        states = [_standing(wants[key], observed.get(key)) for key in ids.get(name, ())]
+        states = [_standing(wants[key], seen(key)) for key in ids.get(name, ())]
         if states and ("coming" in states or "up" not in states):
             return name
     return ""
@@ -151,7 +159,7 @@ class _Draft:
         self.wake_at: float | None = None
 
     def wake(self, at: float) -> None:
-        self.wake_at = _sooner(self.wake_at, at)
+        self.wake_at = at if self.wake_at is None else min(self.wake_at, at)
 
 
 def decide(want: Want | None, seen: Observed, around: Around, now: float) -> Decision:
@@ -373,9 +381,3 @@ def _reusable(goal: Goal, seen: Observed) -> bool:
         return False
     last = next((p for p in reversed(seen.past) if p.socket == seen.serving), None)
     return last is not None and last.release == goal.release
-
-
-def _sooner(one: float | None, other: float | None) -> float | None:
-    if one is None or other is None:
-        return other if one is None else one
-    return min(one, other)

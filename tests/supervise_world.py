@@ -34,7 +34,6 @@ from slum.node.actions import (
 from slum.node.observed import Draining, Ended, Generation, Observed, Ready, Starting, Stopping
 from slum.node.supervise import plan
 
-
 SETTINGS = Settings(max_restarts=3, backoff_base_ms=100, backoff_max_ms=2_000, restart_window_s=20.0)
 
 
@@ -111,7 +110,7 @@ class World:
         for _ in range(60):
             decision = plan(self.wants, self.observed, self.preparations, self.settings, self.now)
             if not decision.actions:
-                return decision.wake_at
+                return min(decision.wakes.values(), default=None)
             for action in decision.actions:
                 self._perform(action)
                 self._check(action.key)

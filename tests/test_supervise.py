@@ -228,7 +228,7 @@ def test_a_finished_job_satisfies_its_dependents() -> None:
         want = world.wants[WEB]
         dependent = msg(want, service=web(depends_on=("db",)))
         ids = {"db": [Key(tenement="t", service="db", id="main")]}
-        assert (waits_for(dependent, world.wants, world.observed, ids) == "") is bool(expected)
+        assert (waits_for(dependent, world.wants, world.observed.get, ids) == "") is bool(expected)
 
 
 def test_a_broken_build_fails_the_release_and_leaves_the_old_one() -> None:

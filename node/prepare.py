@@ -1,0 +1,195 @@
+"""Makes releases startable: their bundle fetched and unpacked, their build done, their pre_deploy run; each once a release.
+
+What it reaches is a Preparation in the roster. A control plane that cannot be reached is waited for; a build or pre_deploy
+that fails breaks the release, with its log in the instance's log. The decision what follows is supervise.py's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from slum import log
+from slum.errors import SlumError, Unreachable
+from slum.model import Key, Level, Service
+from slum.node.actions import Broken, Missing, Prepared, Working
+from slum.node.describe import Describer
+from slum.node.failures import exit_words
+from slum.node.limits.groups import Limits
+from slum.node.link import fetch_blob
+from slum.node.oneoff import Oneoffs, pre_deploy_name
+from slum.node.roster import Clock, Roster, releases_in_use
+from slum.node.store import Store
+from slum.node.types import Instance, Runner
+from slum.paths import Home
+
+RETRY_S, RETRY_S_MAX = 1.0, 30.0
+SHELL = "/bin/sh"
+
+
+class Preparer:
+    """One agent's."""
+
+    def __init__(
+        self,
+        home: Home,
+        store: Store,
+        roster: Roster,
+        describer: Describer,
+        runners: Mapping[Level, Runner],
+        limits: Limits,
+        oneoffs: Oneoffs,
+        clock: Clock,
+        group: asyncio.TaskGroup,
+    ) -> None:
+        self._home = home
+        self._store = store
+        self._roster = roster
+        self._describer = describer
+        self._runners = runners
+        self._limits = limits
+        self._oneoffs = oneoffs
+        self._clock = clock
+        self._group = group
+        self._folders: dict[str, Path] = {}
+        self._attempts: dict[str, int] = {}
+        self._pre_deployed = store.pre_deployed()
+
+    def folder(self, release: str) -> Path | None:
+        """Return where the bundle (or the built copy) of a prepared release lies; None when it has none."""
+        return self._folders.get(release)
+
+    def prepare(self, key: Key, release: str) -> None:
+        """Begin to fetch and build *release*, unless that is under way."""
+        service = self._definition(key, release)
+        if service is None or isinstance(self._roster.preparations.get(release), Working):
+            return
+        self._roster.prepared(release, Working(what="fetching"))
+        self._group.create_task(self._prepare(key, release, service), name=f"prepare {service.name}")
+
+    def pre_deploy(self, key: Key, release: str) -> None:
+        """Begin the pre_deploy of *release*, unless it is under way."""
+        service = self._definition(key, release)
+        if service is None or isinstance(self._roster.preparations.get(release), Working):
+            return
+        self._roster.prepared(release, Working(what="pre_deploy"))
+        self._group.create_task(self._pre_deploy(key, release, service), name=f"pre_deploy {service.name}")
+
+    def oneoff(
+        self, key: Key, release: str, service: Service, name: str, command: tuple[str, ...], *, cgroup: str
+    ) -> Instance:
+        """Return a one-off *command* behind a wall like the service's, with the folder of *release*."""
+        return self._describer.oneoff(
+            key, release, service, self._roster.settings, self._folders.get(release), name, command, cgroup=cgroup
+        )
+
+    async def collect(self) -> None:
+        """Remove bundles and built copies that no release here may need any more."""
+        used = releases_in_use(self._roster.entries.values(), self._roster.wants.values())
+        if any(isinstance(state, Working) for state in self._roster.preparations.values()):
+            return
+        self._folders = {release: folder for release, folder in self._folders.items() if release in used}
+        if not self._pre_deployed <= used.keys() and len(self._pre_deployed) > 1000:
+            self._pre_deployed &= used.keys()
+            self._store.keep_pre_deployed(self._pre_deployed)
+        from slum.node import bundles
+
+        keep = {service.bundle for service in used.values() if service.bundle}
+        await asyncio.to_thread(bundles.collect, self._home, keep, used.keys())
+
+    def _definition(self, key: Key, release: str) -> Service | None:
+        want, good = self._roster.wants.get(key), self._roster.seen(key).good
+        if want is not None and want.release == release:
+            return want.service
+        return good.service if good is not None and good.release == release else None
+
+    async def _prepare(self, key: Key, release: str, service: Service) -> None:
+        try:
+            folder = await self._fetched(service)
+            if service.build and folder is not None:
+                folder = await self._built(key, release, service, folder)
+        except Unreachable as error:
+            self._attempts[release] = self._attempts.get(release, 0) + 1
+            delay_s = min(RETRY_S * 2 ** min(self._attempts[release] - 1, 10), RETRY_S_MAX)
+            missing = Missing(retry_at=self._clock.now() + delay_s, why=str(error))
+            self._roster.prepared(release, missing)
+            return
+        except (SlumError, OSError) as error:
+            self._break(key, release, "build_failed" if service.build else "bundle_failed", str(error))
+            return
+        self._attempts.pop(release, None)
+        if folder is not None:
+            self._folders[release] = folder
+        done = not service.pre_deploy or release in self._pre_deployed
+        self._roster.prepared(release, Prepared(pre_deployed=done))
+
+    async def _fetched(self, service: Service) -> Path | None:
+        if not service.bundle:
+            return None
+        from slum.node import bundles
+
+        gid = self._describer.uid(service.name)
+
+        async def fetch(digest: str, folder: Path) -> Path:
+            return await fetch_blob(self._home.api_socket, digest, folder)
+
+        return await bundles.ensure(self._home, service.name, service.bundle, gid, fetch)
+
+    async def _built(self, key: Key, release: str, service: Service, bundle: Path) -> Path:
+        """Return the built copy of *bundle*; SlumError when the build fails."""
+        from slum.node import builds
+
+        done = builds.built(self._home, release)
+        if done is not None:
+            return done
+        self._roster.prepared(release, Working(what="building"))
+        instance = await asyncio.to_thread(self._build_instance, key, release, service, bundle)
+        status = await self._run(instance, f"building {service.name}: {service.build}")
+        if status != 0:
+            raise SlumError(f"build: {exit_words(status)}")
+        return await asyncio.to_thread(builds.finish, self._home, release)
+
+    async def _pre_deploy(self, key: Key, release: str, service: Service) -> None:
+        try:
+            instance = self.oneoff(
+                key,
+                release,
+                service,
+                pre_deploy_name(release),
+                (SHELL, "-c", service.pre_deploy or "true"),
+                cgroup=f"pre-{release[:24]}",
+            )
+            status = await self._run(instance, f"pre_deploy of {service.name}")
+        except Unreachable as error:
+            self._roster.prepared(release, Missing(retry_at=self._clock.now() + RETRY_S, why=str(error)))
+            return
+        except (SlumError, OSError) as error:
+            self._break(key, release, "pre_deploy_failed", f"pre_deploy: {error}")
+            return
+        if status != 0:
+            self._break(key, release, "pre_deploy_failed", f"pre_deploy: {exit_words(status)}")
+            return
+        self._pre_deployed.add(release)
+        self._store.keep_pre_deployed(self._pre_deployed)
+        self._roster.prepared(release, Prepared())
+
+    async def _run(self, instance: Instance, what: str) -> int | None:
+        runner = self._runners.get(instance.service.isolation)
+        if runner is None:
+            raise SlumError(f"level {instance.service.isolation} is not available on this machine", hint="slum doctor")
+        log.get().info("oneoff_started", name=instance.name, what=what)
+        spawn = msgspec.structs.replace(runner.spawn(instance), meta={"service": instance.service.name})
+        try:
+            return await self._oneoffs.run(spawn)
+        finally:
+            if instance.cgroup is not None:
+                self._limits.kill(instance.cgroup.name)
+                self._limits.remove(instance.cgroup.name)
+
+    def _break(self, key: Key, release: str, kind: str, why: str) -> None:
+        log.get().warning("release_broken", key=str(key), release=release[:12], why=why)
+        self._roster.note(kind, key, why, release=release)
+        self._roster.prepared(release, Broken(why=why))
