@@ -141,7 +141,7 @@ def test_a_shell_at_a_terminal(applied: Desk) -> None:
         me.resize(40, 120)
         me.type(b"while [ \"$(stty size)\" != '40 120' ]; do :; done; echo res''ized\n")
         me.until(b"resized")
-        me.type(b"trap 'echo cau''ght' INT; echo arm''ed\n")
+        me.type(b'sh -c \'trap "echo cau""ght; exit" INT; echo arm""ed; while :; do sleep 0.1; done\'\n')
         me.until(b"armed")
         me.type(b"\x03")
         me.until(b"caught")
@@ -161,13 +161,13 @@ def test_a_terminal_is_put_back_when_slum_is_told_to_end(applied: Desk) -> None:
 
 def test_apply_at_a_terminal_asks_and_shows_live_colour(desk: Desk) -> None:  # noqa: F811
     with terminal(desk, "apply") as me:
-        me.until(b"Apply? [y/N]: ")
+        me.until(b"Apply? [y/N] ")
         me.type(b"n\n")
         me.until(b"nothing was changed")
         assert me.process.wait(20) == 2
     assert desk.fleet.revision == 0
     with terminal(desk, "apply") as me:
-        plan = me.until(b"Apply? [y/N]: ")
+        plan = me.until(b"Apply? [y/N] ")
         assert b"\x1b[32m" in plan
         me.type(b"y\n")
         live = me.until(b"applied revision 1")
@@ -188,7 +188,7 @@ def test_destroy_at_a_terminal_wants_the_name(applied: Desk) -> None:
 
 def test_ctrl_c_at_the_question_changes_nothing(desk: Desk) -> None:  # noqa: F811
     with terminal(desk, "apply") as me:
-        me.until(b"Apply? [y/N]: ")
+        me.until(b"Apply? [y/N] ")
         me.type(b"\x03")
         me.until(b"interrupted; nothing was changed")
         assert me.process.wait(20) == 130

@@ -196,9 +196,10 @@ def consent(asked: Invocation, question: str, *, typed: str | None = None) -> bo
         raise ConfigError(
             "this needs consent, and there is no terminal to ask on; nothing was changed", hint="add --yes"
         )
-    if typed is None:
-        return click.confirm(question, default=False, err=True)
-    return str(click.prompt(question, default="", show_default=False, err=True)) == typed
+    # Not click.confirm: it asks through readline, which misses a ctrl-C that comes while it sets itself up.
+    click.echo(f"{question}: " if typed is not None else f"{question} [y/N] ", err=True, nl=False)
+    answer = sys.stdin.readline().strip()
+    return answer == typed if typed is not None else answer.lower() in ("y", "yes")
 
 
 def style_on(settings: Mapping[str, object], stream: TextIO) -> bool:
