@@ -140,10 +140,10 @@ async def applied(http: httpx.AsyncClient, fleet: Fleet, base: int = 0) -> api.A
     return msgspec.json.decode(answer.content, type=api.Applied)
 
 
-async def get(http: httpx.AsyncClient, path: str, kind: type[T], **query: object) -> T:
+async def get(http: httpx.AsyncClient, path: str, as_type: type[T], /, **query: object) -> T:
     answer = await http.get(f"/v1/{path}", params={k: str(v) for k, v in query.items()})
     assert answer.status_code == 200, answer.text
-    return msgspec.json.decode(answer.content, type=kind)
+    return msgspec.json.decode(answer.content, type=as_type)
 
 
 def problem(answer: httpx.Response) -> api.Problem:

@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.websockets.wsproto_impl import WSProtocol
 
 from slum import log
 
+CLOSE_S = 1.0
 HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,62}[A-Za-z0-9])?")
 
 
@@ -43,6 +45,14 @@ class PeerProtocol(HttpToolsProtocol):
             transport.abort()
         self.app_state: dict[str, Any] = {**self.app_state, "peer": peer}
         super().connection_made(transport)
+
+
+class ShortGoodbye(WSProtocol):
+    """A WebSocket that is closed soon: an agent that only sends would flood a stream that nobody reads any more."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.close_timeout = CLOSE_S
 
 
 def peer_of(connection: socket.socket) -> Peer:

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import uvicorn
 from starlette.applications import Starlette
-from uvicorn.protocols.websockets.wsproto_impl import WSProtocol
 
 from slum import log, wire
 from slum.ledger.client import connect
@@ -27,7 +26,7 @@ from slum.server.app import make_app
 from slum.server.blobs import collect_for_ever
 from slum.server.control import Control
 from slum.server.link import Link
-from slum.server.peer import PeerProtocol
+from slum.server.peer import PeerProtocol, ShortGoodbye
 from slum.server.reconcile import Reconciler
 from slum.server.view import View
 
@@ -86,7 +85,7 @@ def make_server(home: Home) -> Server:
     config = uvicorn.Config(
         make_app(control, lifespan),
         http=PeerProtocol,
-        ws=WSProtocol,
+        ws=ShortGoodbye,
         loop="uvloop",
         lifespan="on",
         log_config=None,
