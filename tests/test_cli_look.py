@@ -52,7 +52,10 @@ def world() -> FakeFleet:
         before={"tenement": "here", "command": ["python", "app.py"], "env": {"A": "sha256:1"}},
         after={"tenement": "here", "command": ["python", "ap.py"], "env": {"A": "sha256:2", "B": "sha256:3"}},
     )
-    fake.event("instance_failed", "instance:here/notes/main", why="given up after 3 starts")
+    subject, generation = "instance:here/notes/main", {"generation": 2, "release": "ab" * 32}
+    fake.event("generation_started", subject, why="pid 4121", after=generation)
+    fake.event("instance_exited", subject, why="exit 2 after 0.2 s", after=generation)
+    fake.event("instance_failed", subject, why="given up after 3 starts", after={"release": "ab" * 32})
     return fake
 
 
@@ -80,7 +83,7 @@ def test_status() -> None:
     status = fake.status()
     assert "\n".join(status_lines(status, tuple(fake.views.values()), plain)) == (
         "control plane  running since 60 min, version 0.1.0, pid 4242 (data /var/lib/slum)\n"
-        "ledger         leader m1, epoch 4, sequence 105\n"
+        "ledger         leader m1, epoch 4, sequence 107\n"
         "fleet          quickstart, revision 2, domain localhost\n"
         "instances      2 healthy, 1 failed\n"
         "\n"
@@ -91,8 +94,8 @@ def test_status() -> None:
     )
     assert "\n".join(member_lines(status.ledger, plain)) == (
         "MEMBER  ROLE    EPOCH  SEQ  LAG  CONTACT\n"
-        "m1      leader  4      105  -    -\n"
-        "m2      down    4      70   35   14 s"
+        "m1      leader  4      107  -    -\n"
+        "m2      down    4      72   35   14 s"
     )
     empty = FakeFleet().status()
     assert status_lines(empty, (), plain)[-1] == "nothing is declared yet: `slum init`, then `slum apply`"
@@ -104,7 +107,12 @@ def test_events() -> None:
         "22:13:23       3  fleet_applied           fleet:quickstart              root@test           revision 2",
         "22:13:24       4  service_changed         service:notes                 root@test"
         "           command python app.py -> python ap.py, env.A sha256:1 -> sha256:2, env.B none -> sha256:3",
-        "22:13:25       5  instance_failed         instance:here/notes/main      root@test           given up after 3 starts",
+        "22:13:25       5  generation_started      instance:here/notes/main      root@test"
+        "           pid 4121, generation 2, release abababababab",
+        "22:13:26       6  instance_exited         instance:here/notes/main      root@test"
+        "           exit 2 after 0.2 s, generation 2, release abababababab",
+        "22:13:27       7  instance_failed         instance:here/notes/main      root@test"
+        "           given up after 3 starts, release abababababab",
     ]
 
 
@@ -123,10 +131,10 @@ def test_explain_a_service_that_failed() -> None:
         "  22:13:22  revision 1 applied by root@test: added\n"
         "  22:13:24  revision 2 applied by root@test: command python app.py -> python ap.py, env.A sha256:1 -> sha256:2,"
         " env.B none -> sha256:3\n"
-        "  22:13:25  failed: given up after 3 starts\n"
-        "  22:13:40  generation 2 ended  exit 2 after 0.1 s\n"
-        "  22:13:41  generation 2 ended  exit 2 after 0.1 s\n"
-        "  22:13:42  generation 2 ended  exit 2 after 0.1 s\n"
+        "  22:13:25  generation 2 started (pid 4121)  exit 2 after 0.2 s\n"
+        "  22:13:27  failed: given up after 3 starts\n"
+        "  22:13:41  generation 3 ended               exit 2 after 0.1 s\n"
+        "  22:13:42  generation 4 ended               exit 2 after 0.1 s\n"
         "  last log lines:\n"
         "    no module named 'ap'\n"
         "  next: fix the cause and `slum apply`, or `slum rollback`; what serves goes on meanwhile"

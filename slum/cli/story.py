@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from slum import api
@@ -13,6 +13,16 @@ from slum.wire import Phase
 SERVING = frozenset({Phase.HEALTHY, Phase.RUNNING, Phase.DEGRADED})
 GIVEN_UP = frozenset({Phase.FAILED, Phase.BACKOFF, Phase.UNHEALTHY})
 ON_THE_WAY = frozenset({Phase.PENDING, Phase.STARTING, Phase.STOPPING})
+ENDS = ("instance_exited", "instance_stopped")
+VERBS = {
+    "generation_started": "started",
+    "generation_serving": "serves",
+    "generation_drained": "drained",
+    "instance_healthy": "is healthy",
+    "instance_unhealthy": "is unhealthy",
+    "instance_exited": "ended",
+    "instance_stopped": "ended as asked",
+}
 SERVICE_KINDS = frozenset({"service_added", "service_changed", "service_removed"})
 
 
@@ -72,40 +82,61 @@ def headline(view: api.InstanceView, now: float, paint: Paint, *, alone: bool) -
 def story_of(told: api.Explanation) -> list[Line]:
     """Return events and ends of processes in the order of time, what belongs together in one line."""
     alone = len(told.instances) <= 1
-    lines = list(_events(told, alone=alone))
+    ends = {_generation(event): event.why for event in told.events if event.kind in ENDS and _generation(event)}
+    starts = {_generation(event) for event in told.events if event.kind == "generation_started"}
+    lines = []
+    for event in told.events:
+        if event.kind in ENDS and _generation(event) in starts:
+            continue
+        text = _event_text(event, told)
+        if text:
+            kind, _, subject = event.subject.partition(":")
+            prefix = f"{subject.rpartition('/')[2]}: " if kind == "instance" and not alone else ""
+            result = ends.get(_generation(event), "") if event.kind in (*ENDS, "generation_started") else ""
+            lines.append(Line(event.at, f"{prefix}{text}", result))
     for view in told.instances:
+        seat = f"{view.tenement}/{view.report.service}/{view.report.id}"
         prefix = "" if alone else f"{view.report.id}: "
         lines += [
             Line(ended.at, f"{prefix}generation {ended.generation} ended", exit_text(ended))
             for ended in view.report.exits
+            if (seat, ended.generation) not in ends
         ]
     return sorted(lines, key=lambda line: line.at)
 
 
-def _events(told: api.Explanation, *, alone: bool) -> Iterator[Line]:
-    """A revision that left this service alone is no part of its story; one that changed it is told with the change."""
-    revisions = {event.seq: event for event in told.events if event.kind == "fleet_applied"}
-    for event in told.events:
-        kind, _, subject = event.subject.partition(":")
-        change = change_text(event)
-        if event.kind == "fleet_applied":
-            continue
-        if event.kind in SERVICE_KINDS:
-            verb = event.kind.removeprefix("service_")
-            after = getattr(revisions.get(event.seq), "after", None)
-            revision = after.get("revision") if isinstance(after, Mapping) else None
-            words = f"{verb} by {event.actor}" if revision is None else f"revision {revision} applied by {event.actor}"
-            text = change if event.kind == "service_changed" and change else verb if revision is not None else ""
-        elif event.kind == "override_set":
-            words, text = f"{event.why} asked by {event.actor}", ""
-        else:
-            words, text = event.kind.replace("_", " "), change
-            if kind == "instance":
-                words = words.removeprefix("instance ")
-            elif kind != "service":
-                words = f"{subject}: {words}"
-        prefix = f"{subject.rpartition('/')[2]}: " if kind == "instance" and not alone else ""
-        yield Line(event.at, f"{prefix}{words}{f': {text}' if text else ''}")
+def _generation(event: api.Event) -> tuple[str, int] | None:
+    """Return (instance, number) of the generation that an agent's note is about."""
+    number = event.after.get("generation") if isinstance(event.after, Mapping) else None
+    kind, _, subject = event.subject.partition(":")
+    return (subject, number) if kind == "instance" and isinstance(number, int) else None
+
+
+def _event_text(event: api.Event, told: api.Explanation) -> str:
+    """Return an event in words; "" when it is no part of this service's story.
+
+    A revision that left the service alone is none; one that changed it is told together with the change.
+    """
+    if event.kind == "fleet_applied":
+        return ""
+    kind, _, subject = event.subject.partition(":")
+    if event.kind in SERVICE_KINDS:
+        verb, change = event.kind.removeprefix("service_"), change_text(event)
+        applied = next((e.after for e in told.events if e.kind == "fleet_applied" and e.seq == event.seq), None)
+        revision = applied.get("revision") if isinstance(applied, Mapping) else None
+        what = change if event.kind == "service_changed" and change else verb
+        return (
+            f"{verb} by {event.actor}" if revision is None else f"revision {revision} applied by {event.actor}: {what}"
+        )
+    if event.kind == "override_set":
+        return f"{event.why} asked by {event.actor}"
+    about = _generation(event)
+    if about is not None and event.kind in VERBS:
+        detail = f" ({event.why})" if event.why and event.kind not in ENDS else ""
+        return f"generation {about[1]} {VERBS[event.kind]}{detail}"
+    words = event.kind.removeprefix("instance_").replace("_", " ")
+    why = f": {event.why}" if event.why else ""
+    return f"{words}{why}" if kind in ("instance", "service") else f"{subject}: {words}{why}"
 
 
 def next_step(told: api.Explanation) -> str:

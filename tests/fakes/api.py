@@ -99,7 +99,7 @@ class FakeFleet:
         detail = ""
         if service.name in self.broken:
             phase, detail = wire.Phase.FAILED, "exit 2, 3 times in 2.1 s"
-            exits = tuple(wire.Exit(at=at + n, generation=number, status=2, ran_s=0.1) for n in range(3))
+            exits = tuple(wire.Exit(at=at + n, generation=number + n, status=2, ran_s=0.1) for n in range(3))
             serving = number - 1 or None
             self.lines.append(
                 api.LogLine(tenement=machine, service=service.name, id=instance, at=at, text="no module named 'ap'")
