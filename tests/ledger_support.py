@@ -63,7 +63,7 @@ def desired(wanted: Fleet, base: int, why: str = "apply") -> SetDesired:
 
 
 def note(kind: str = "instance_noted", subject: str = "instance:here/web/main", **fields: Any) -> Record:
-    return Record(events=(NoteEvent(kind=kind, subject=subject, at=1.5, **fields),))
+    return Record(events=(NoteEvent(kind=kind, subject=subject, at=fields.pop("at", 1.5), **fields),))
 
 
 def proposal(

@@ -16,7 +16,7 @@ from ledger_support import SMALL, Steps, desired, fleet, flip, note, proposal, s
 
 from slum.errors import InvariantError, QuorumLost, SlumError
 from slum.ledger import disk, folder, frames, group, journal
-from slum.ledger.commands import Barrier, Done, Intent, Outcome, SetOverride
+from slum.ledger.commands import Barrier, Done, Entry, Header, Intent, Outcome, SetOverride
 from slum.ledger.group import check_engine, command_entry
 from slum.ledger.member import Config
 from slum.ledger.reader import Reader
@@ -147,6 +147,21 @@ def test_entries_that_were_logged_but_not_applied_are_applied_at_the_next_start(
     assert written(home) == ["a", "b", "c", "d"]
 
 
+def test_what_an_old_header_carried_is_proposed_again(home: Path) -> None:
+    with Steps(home) as steps:
+        write(steps, "a")
+        answers: list[object] = []
+        steps.member.proposer.submit(proposal(note(why="b")), answers.append, seq=1)
+        batch = steps.member.proposer.take_batch()
+        at = steps.member.position
+        header = Header(generation=at.generation, epoch=at.epoch, term=at.term - 1, member="m1", at=1.0)
+        steps.member._group.append(msgspec.msgpack.encode(Entry(header=header, proposals=batch)))
+        steps.until(lambda: answers)
+        assert steps.said("entry_was_stale")
+        assert isinstance(answers[0], Done)
+    assert written(home) == ["a", "b"]
+
+
 # --- seals ------------------------------------------------------------------------------------------------------------
 
 
@@ -158,6 +173,21 @@ def test_what_is_proposed_around_a_seal_keeps_its_order(home: Path) -> None:
         assert steps.member.position.epoch >= 9
         assert steps.said("epoch_began")
     assert written(home) == texts
+
+
+def test_what_fell_behind_a_seal_is_proposed_in_the_next_epoch(home: Path) -> None:
+    with Steps(home) as steps:
+        while len(steps.member._journal) < SMALL.epoch_entries:
+            write(steps, "a")
+        answers: list[object] = []
+        steps.member.proposer.submit(proposal(note(why="b")), answers.append, seq=1)
+        steps.member._offer()
+        steps.member._append(steps.member.proposer.take_batch())
+        steps.until(lambda: answers)
+        assert isinstance(answers[0], Done)
+        assert steps.member.position.epoch == 2
+    assert written(home)[-1] == "b"
+    assert written(home).count("b") == 1
 
 
 def test_bytes_seal_an_epoch_too(home: Path) -> None:
