@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 
 from starlette.applications import Starlette
@@ -185,7 +185,7 @@ ROUTES: tuple[Route, ...] = (
 )
 
 
-def make_app(control: Control, lifespan: Callable[[Starlette], AbstractAsyncContextManager[None]]) -> Starlette:
+def make_app(control: Control, lifespan: Callable[[Starlette], AbstractAsyncContextManager[Mapping[str, object]]]) -> Starlette:
     """Return the ASGI application that serves ROUTES with *control*."""
     return Starlette(
         routes=[mount(route, control) for route in ROUTES],

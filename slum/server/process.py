@@ -54,7 +54,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class Server(uvicorn.Server):
-    failed = False
+    def __init__(self, config: uvicorn.Config, stopping: asyncio.Event) -> None:
+        super().__init__(config)
+        self.failed = False
+        self._stopping = stopping
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let the event streams end first: they would never by themselves."""
+        self._stopping.set()
+        await super().shutdown(sockets)
 
     def fail(self) -> None:
         """Stop serving, and make the process's exit status say that it was not on purpose."""
@@ -64,6 +72,7 @@ class Server(uvicorn.Server):
 
 def make_server(home: Home) -> Server:
     """Return the server of *home*, not yet running."""
+    stopping = asyncio.Event()
     control = Control(home, Link(lambda: connect(home.ledger_socket)), View(Reader(home.state / "state.db")))
     tasks = {
         "ledger link": control.link.run(),
@@ -74,10 +83,10 @@ def make_server(home: Home) -> Server:
     }
 
     @asynccontextmanager
-    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+    async def lifespan(_app: Starlette) -> AsyncIterator[dict[str, object]]:
         async with asyncio.TaskGroup() as group:
             running = [group.create_task(_vital(name, task, server), name=name) for name, task in tasks.items()]
-            yield
+            yield {"stopping": stopping}
             for one in running:
                 one.cancel()
         control.view.close()
@@ -100,7 +109,7 @@ def make_server(home: Home) -> Server:
         timeout_graceful_shutdown=GRACE_S,
         backlog=BACKLOG,
     )
-    server = Server(config)
+    server = Server(config, stopping)
     return server
 
 

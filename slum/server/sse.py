@@ -1,7 +1,7 @@
 """Server-sent events: a response whose body a producer writes, document by document, with back-pressure.
 
 The producer is called with ``emit`` and ends the stream by returning. A comment is sent every KEEPALIVE_S so that
-silence means a broken line; when the client goes away the producer is cancelled. A SlumError becomes the last event,
+silence means a broken line; when the client goes away, or the server stops, the producer is cancelled. A SlumError becomes the last event,
 "error", with a Problem; the HTTP status has been sent by then. Format: https://html.spec.whatwg.org/#server-sent-events.
 """
 
@@ -54,6 +54,7 @@ class EventStream(Response):
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(_hang_up(receive), name="sse disconnect")
+                group.create_task(_stop(scope["state"]["stopping"]), name="sse stop")
                 group.create_task(_keep_alive(write), name="sse keepalive")
                 group.create_task(self._produce(emit), name="sse producer")
         except* _Over:
@@ -84,6 +85,11 @@ class _Over(Exception):
 async def _hang_up(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+    raise _Over
+
+
+async def _stop(stopping: asyncio.Event) -> None:
+    await stopping.wait()
     raise _Over
 
 
