@@ -22,7 +22,8 @@ import httpx
 import msgspec
 
 from slum import api
-from slum.errors import BY_CODE, ConfigError, Conflict, QuorumLost, SlumError, Unreachable
+from slum.answers import decode, parse_events, problem_of, raised
+from slum.errors import QuorumLost, SlumError, Unreachable
 from slum.ledger.commands import new_request_id
 from slum.model import Fleet
 from slum.paths import Home
@@ -76,25 +77,31 @@ class Client:
         return True
 
     def status(self) -> api.Status:
+        """Return what `slum status` shows: ledger, machines, counts."""
         found = self._call("GET", "status", api.Status)
         self._saw(found.ledger.seq)
         return found
 
     def state(self) -> api.State:
+        """Return what a plan is made from, as one consistent answer."""
         found = self._call("GET", "state", api.State)
         self._saw(found.seq)
         return found
 
     def fleet(self, revision: int | None = None) -> api.FleetDoc:
+        """Return the fleet of *revision*, None for the newest; ConfigError when it is not kept."""
         return self._call("GET", "fleet", api.FleetDoc, revision=revision)
 
     def revisions(self) -> tuple[api.Revision, ...]:
+        """Return the revisions that are kept."""
         return self._call("GET", "revisions", tuple[api.Revision, ...])
 
     def instances(self) -> tuple[api.InstanceView, ...]:
+        """Return every instance that is declared or reported."""
         return self._call("GET", "instances", tuple[api.InstanceView, ...])
 
     def explain(self, service: str) -> api.Explanation:
+        """Return all that is known of *service*; ConfigError with the nearest name when nothing is."""
         return self._call("GET", f"explain/{service}", api.Explanation)
 
     def events(
@@ -112,6 +119,7 @@ class Client:
         return self._call("GET", "events", tuple[api.Event, ...], **query, newest=1 if newest else None)
 
     def verify(self) -> api.Verified:
+        """Check the hash chain of all events."""
         return self._call("GET", "events/verify", api.Verified)
 
     # --- changing -----------------------------------------------------------------------------------------------------
@@ -143,6 +151,7 @@ class Client:
         return done
 
     def has_blob(self, digest: str) -> bool:
+        """Tell whether the control plane holds the blob."""
         answer = self._send(lambda: self._http.head(f"blobs/{digest}"), accept=(404,))
         return answer.status_code != 404
 
@@ -216,7 +225,7 @@ class Client:
         content = None if body is None else msgspec.json.encode(body)
         headers = {} if body is None else {"content-type": "application/json"}
         got = self._send(lambda: self._http.request(method, path, params=params, content=content, headers=headers))
-        return _decode(got.content, answer)
+        return decode(got.content, answer)
 
     def _send(self, send: Callable[[], httpx.Response], *, accept: tuple[int, ...] = ()) -> httpx.Response:
         """Send until there is an answer; what *send* does must be safe to repeat."""
@@ -252,8 +261,8 @@ class Client:
         try:
             for event, data in parse_events(_watched(answer.iter_bytes(), silence)):
                 if event == "error":
-                    raise _raised(_decode(data, api.Problem))
-                yield _decode(data, kind)
+                    raise raised(decode(data, api.Problem))
+                yield decode(data, kind)
         except httpx.TransportError:
             return
         finally:
@@ -301,31 +310,6 @@ class Client:
         self.seq = max(self.seq or 0, seq)
 
 
-def parse_events(chunks: Iterable[bytes]) -> Iterator[tuple[str, bytes]]:
-    """Yield (event, data) of a text/event-stream; comments and other fields are skipped, an unfinished event is dropped.
-
-    Lines end at LF or CRLF only: httpx's own iter_lines also splits at U+2028 and U+0085, which JSON may hold unescaped.
-    See https://html.spec.whatwg.org/multipage/server-sent-events.html (9.2.6).
-    """
-    event, rest = "message", b""
-    data: list[bytes] = []
-    for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        for raw in lines:
-            line = raw.removesuffix(b"\r")
-            if not line:
-                if data:
-                    yield event, b"\n".join(data)
-                event, data = "message", []
-                continue
-            field, _, value = line.partition(b":")
-            value = value.removeprefix(b" ")
-            if field == b"data":
-                data.append(value)
-            elif field == b"event":
-                event = value.decode("utf-8", "replace")
-
-
 def _watched(chunks: Iterable[bytes], silence: Callable[[], float | None]) -> Iterator[bytes]:
     """Pass *chunks* on; *silence* raises when the time is up, also while only keep-alives come."""
     for chunk in chunks:
@@ -342,38 +326,6 @@ def _chunks(path: Path, sent: Callable[[int], None]) -> Iterator[bytes]:
 
 def _present(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _decode(data: bytes, kind: type[T]) -> T:
-    try:
-        return msgspec.json.decode(data, type=kind)
-    except msgspec.DecodeError as error:
-        raise SlumError(
-            f"the control plane's answer is not understood: {error}",
-            hint="client and server may be of different versions: `slum version`",
-        ) from error
-
-
-def problem_of(status: int, body: bytes) -> SlumError:
-    """Return the error that an HTTP answer stands for."""
-    try:
-        return _raised(msgspec.json.decode(body, type=dict[str, api.Problem])["error"])
-    except (msgspec.DecodeError, KeyError):
-        text = body[:200].decode("utf-8", "replace").strip()
-        return (
-            QuorumLost(f"the control plane is busy: {text}")
-            if status == 503
-            else SlumError(f"the control plane answered {status}: {text or 'nothing'}")
-        )
-
-
-def _raised(problem: api.Problem) -> SlumError:
-    kind = BY_CODE.get(problem.code, SlumError)
-    if kind is ConfigError:
-        return ConfigError(problem.message, hint=problem.hint, problems=problem.details)
-    if kind is Conflict:
-        return Conflict(problem.message, hint=problem.hint, changes=problem.details)
-    return kind(problem.message, hint=problem.hint)
 
 
 def _patience_s(home: Home) -> float:

@@ -15,7 +15,8 @@ import pytest
 from fakes.api import START, FakeApi, FakeFleet
 
 from slum import api
-from slum.client import Client, parse_events
+from slum.answers import parse_events
+from slum.client import Client
 from slum.errors import ConfigError, Conflict, QuorumLost, Unreachable
 from slum.model import Fleet, LocalOperator, Service, Tenement
 from slum.node.keeperclient import call, start_detached

@@ -46,6 +46,7 @@ def down(asked: Invocation, services: bool) -> None:
 
     Nothing is forgotten: `slum up` goes on where this stopped, and starts the services again that --services stopped.
     """
+    from slum.render import quantity
     from slum.server import boot
 
     done = boot.down(asked.home, services=services)
@@ -56,7 +57,10 @@ def down(asked: Invocation, services: bool) -> None:
     elif services:
         asked.say("stopped control plane, agent and services; `slum up` brings them back")
     else:
-        asked.say("stopped control plane and agent; services run on. `slum up` brings them back")
+        on = f"{quantity(done.left, 'other process', 'other processes')} (services, router) run on, untouched"
+        asked.say(
+            f"stopped control plane and agent; {on if done.left else 'nothing else ran'}. `slum up` brings them back"
+        )
 
 
 @command(

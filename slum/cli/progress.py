@@ -93,7 +93,7 @@ def _plain(asked: Invocation) -> Show:
             if said.get(step.name) != now:
                 said[step.name] = now
                 name, state, took = _words(step, time.monotonic() - started)
-                asked.say(f"  {name:<20}  {state:<32}  {took}".rstrip())
+                asked.say(f"  {name:<20}  {state:<36}  {took}".rstrip())
 
     return show
 

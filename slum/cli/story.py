@@ -157,6 +157,8 @@ def next_step(told: api.Explanation) -> str:
         return f"`slum start {service}`"
     if Phase.EXITED in phases:
         return f"`slum restart {service}` runs it again"
+    if any(view.report.since == 0 for view in told.instances):
+        return "`slum status` shows the machine, whose agent has told nothing yet"
     if phases & ON_THE_WAY:
         return f"wait; `slum logs {service} -f` shows what it says"
     return f"nothing to do; `slum logs {service} -f` shows what it says"

@@ -22,7 +22,7 @@ import msgspec
 from wsproto import ConnectionType, WSConnection, events
 
 from slum import api, wire
-from slum.client import problem_of
+from slum.answers import problem_of
 from slum.errors import SlumError, Unhealthy, Unreachable
 from slum.paths import Home
 

@@ -21,6 +21,7 @@ from slum.wire import Phase
 
 PS_HEADER = ("SERVICE", "ID", "TENEMENT", "LEVEL", "STATE", "AGE", "CPU", "MEM", "REQUESTS", "RESTARTS", "URL", "")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+VALUE_CHARS = 60
 UNWELL = frozenset({Phase.FAILED, Phase.BACKOFF, Phase.UNHEALTHY, Phase.DEGRADED})
 
 
@@ -105,6 +106,10 @@ def event_lines(events: Sequence[api.Event], now: float, paint: Paint) -> list[s
 def change_text(event: api.Event) -> str:
     """Return why an event happened and what it changed, in a line: "memory_limit_mb 256 -> 512"."""
     why = [] if event.why in ("", "apply") else [event.why]
+    if event.kind == "fleet_applied" and isinstance(event.after, Mapping):
+        summary = event.after.get("summary")
+        why = [f"revision {event.after.get('revision')}" + (f": {summary}" if summary else ""), *why]
+        return ", ".join(why)
     return ", ".join([*why, *changes_text(event.before, event.after)])
 
 
@@ -134,7 +139,9 @@ def value_text(value: object) -> str:
     if isinstance(value, str):
         if _DIGEST.fullmatch(value):
             return value[:12]
-        return f'"{value}"' if not value or " " in value else value
+        short = value if len(value) <= VALUE_CHARS else f"{value[:VALUE_CHARS]}..."
+        short = short.replace("\n", "\\n")
+        return f'"{short}"' if not short or " " in short else short
     if isinstance(value, (list, tuple)):
         return " ".join(map(value_text, value)) or "none"
     return str(value)
