@@ -81,16 +81,16 @@ class SlumCommand(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         own: list[tuple[str, str]] = []
-        common: list[tuple[str, str]] = []
+        shared: list[tuple[str, str]] = []
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None:
-                (common if parameter.name in COMMON else own).append(record)
+                (shared if parameter.name in SHARED else own).append(record)
         if own:
             with formatter.section("Options"):
                 formatter.write_dl(own)
         with formatter.section("Common options"):
-            formatter.write_dl(common)
+            formatter.write_dl(shared)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write(f"\nExamples:\n{self.epilog}\n")
@@ -127,29 +127,29 @@ def command(
 
         called.__doc__ = function.__doc__
         called.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]  # click's own slot
-        return click.command(name, cls=cls, epilog=epilog, **attributes)(common_options(called))
+        return click.command(name, cls=cls, epilog=epilog, **attributes)(shared_options(called))
 
     return decorate
 
 
-def common_options(function: F) -> F:
+def shared_options(function: F) -> F:
     """Add the options that every command takes; before the command's name they mean the same."""
     for option in reversed(
         (
-            _common("--data-dir", metavar="DIR", help="Where state lies.  [env: SLUM_DATA_DIR]"),
-            _common("--run-dir", metavar="DIR", help="Where sockets lie.  [env: SLUM_RUN_DIR]"),
-            _common("--json", is_flag=True, help="JSON on stdout, with a stable schema."),
-            _common("-y", "--yes", is_flag=True, help="Do not ask."),
-            _common("-q", "--quiet", is_flag=True, help="No progress and no notes."),
-            _common("--no-color", is_flag=True, help="No colour, also on a terminal.  [env: NO_COLOR]"),
-            _common("--debug", is_flag=True, help="Show the traceback of a bug."),
+            _shared("--data-dir", metavar="DIR", help="Where state lies.  [env: SLUM_DATA_DIR]"),
+            _shared("--run-dir", metavar="DIR", help="Where sockets lie.  [env: SLUM_RUN_DIR]"),
+            _shared("--json", is_flag=True, help="JSON on stdout, with a stable schema."),
+            _shared("-y", "--yes", is_flag=True, help="Do not ask."),
+            _shared("-q", "--quiet", is_flag=True, help="No progress and no notes."),
+            _shared("--no-color", is_flag=True, help="No colour, also on a terminal.  [env: NO_COLOR]"),
+            _shared("--debug", is_flag=True, help="Show the traceback of a bug."),
         )
     ):
         function = option(function)
     return function
 
 
-COMMON = frozenset({"data_dir", "run_dir", "json", "yes", "quiet", "no_color", "debug", "help"})
+SHARED = frozenset({"data_dir", "run_dir", "json", "yes", "quiet", "no_color", "debug", "help"})
 
 
 def file_option(function: F) -> F:
@@ -239,7 +239,7 @@ def print_error(
     click.echo("\n".join(lines), err=True, color=True)
 
 
-def _common(*names: str, **attributes: Any) -> Callable[[F], F]:
+def _shared(*names: str, **attributes: Any) -> Callable[[F], F]:
     return click.option(*names, expose_value=False, callback=_remember, **attributes)
 
 

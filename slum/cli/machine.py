@@ -118,7 +118,7 @@ def server_run(asked: Invocation) -> None:
     os.execve(words[0], words, env)
 
 
-@click.group("server", cls=SlumGroup, epilog="  slum server run")
+@click.group("server", cls=SlumGroup, epilog="  slum server run", no_args_is_help=False)
 def server() -> None:
     """Run the control plane in the foreground."""
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import click
 
 from slum import __version__
-from slum.cli.base import EXIT_PIPE, common_options, print_error
+from slum.cli.base import EXIT_PIPE, print_error, shared_options
 from slum.errors import EXIT_DONE, EXIT_INTERRUPTED, SlumError
 
 COMPLETE_VARIABLE = "_SLUM_COMPLETE"
@@ -120,12 +120,15 @@ Start here:
     cls=LazyGroup,
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    invoke_without_command=False,
+    invoke_without_command=True,
 )
-@common_options
+@shared_options
 @click.version_option(__version__, message="slum %(version)s")
-def slum() -> None:
+@click.pass_context
+def slum(ctx: click.Context) -> None:
     """Run many small programs, isolated, on few machines: one file declares the fleet, slum keeps it true."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 def run(args: Sequence[str]) -> int:
@@ -138,9 +141,6 @@ def run(args: Sequence[str]) -> int:
         return result if isinstance(result, int) else EXIT_DONE
     except click.exceptions.Exit as exit_:
         return exit_.exit_code
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
-        return error.exit_code
     except click.ClickException as error:
         print_error(_usage_message(error), settings, hint=_usage_hint(error), exit_code=error.exit_code)
         return error.exit_code
