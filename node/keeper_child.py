@@ -171,8 +171,9 @@ def _become(
         step = "rlimits"
         # After the descriptors: the keeper's own numbers may lie above the child's limit.
         resource.setrlimit(resource.RLIMIT_NOFILE, nofile)
-        for name, (soft, hard) in spawn["rlimits"].items():
-            resource.setrlimit(getattr(resource, f"RLIMIT_{name.upper()}"), (soft, hard))
+        for name, pair in spawn["rlimits"].items():
+            step = f"rlimits.{name}"
+            _limit(getattr(resource, f"RLIMIT_{name.upper()}"), pair)
         step = f"cwd {spawn['cwd']}"
         os.chdir(spawn["cwd"])
         os.umask(spawn["umask"])
@@ -227,6 +228,13 @@ def _set_oom_score(score: int | None) -> None:
                 return
         score = 0
     _write("/proc/self/oom_score_adj", str(score).encode())
+
+
+def _limit(which: int, pair: Sequence[int]) -> None:
+    try:
+        resource.setrlimit(which, (pair[0], pair[1]))
+    except ValueError as error:  # how Python says EPERM and EINVAL here
+        raise PermissionError(errno.EPERM, str(error)) from None
 
 
 def _descriptors(

@@ -196,12 +196,9 @@ class Children:
         """Hear whether *child* executes its program now (its end closed) or why not."""
         if child.control is None:
             return
-        try:
-            report = child.control.recv(4096)
-        except BlockingIOError:
+        report = _read_report(child.control)
+        if report is None:
             return
-        except ConnectionError:
-            report = b""
         done = self._close_control(child)
         if not report:
             if done is not None:
@@ -358,3 +355,15 @@ def _tell_go(control: socket.socket) -> None:
         control.send(GO)
     except ConnectionError:
         return  # it has failed already, and reported why
+
+
+def _read_report(control: socket.socket) -> bytes | None:
+    """Return what the child reports, empty when it has closed without a word, None when it has not done either."""
+    for _ in range(2):
+        try:
+            return control.recv(4096)
+        except BlockingIOError:
+            return None
+        except ConnectionError:
+            continue  # said once when it left GO unread; its report comes after
+    return b""

@@ -115,6 +115,7 @@ class KeeperClient:
         self._calls: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
         self._sending = asyncio.Lock()
+        self._writable = asyncio.Event()
         self._lost: str | None = None
         self._loop.add_reader(sock.fileno(), self._readable)
 
@@ -254,13 +255,13 @@ class KeeperClient:
                     self._sock.sendmsg([packet], _rights(fds), socket.MSG_NOSIGNAL)
                     return
                 except BlockingIOError:
-                    await self._writable()
+                    await self._wait_writable()
 
-    async def _writable(self) -> None:
-        ready = asyncio.Event()
-        self._loop.add_writer(self._sock.fileno(), ready.set)
+    async def _wait_writable(self) -> None:
+        self._writable.clear()
+        self._loop.add_writer(self._sock.fileno(), self._writable.set)
         try:
-            await ready.wait()
+            await self._writable.wait()
         finally:
             if self._lost is None:
                 self._loop.remove_writer(self._sock.fileno())
@@ -299,6 +300,7 @@ class KeeperClient:
         self._loop.remove_reader(self._sock.fileno())
         self._loop.remove_writer(self._sock.fileno())
         self._sock.close()
+        self._writable.set()
         self._events.put_nowait(None)
         for future in self._calls.values():
             if not future.done():
@@ -331,7 +333,10 @@ def keeper_command(home: Home, *, detach: bool = False) -> tuple[list[str], dict
 
 
 def start_detached(home: Home, *, timeout_s: float = CALL_TIMEOUT_S) -> Hello:
-    """Make a keeper of *home* run in the background, unless one does, and return its hello; Unreachable when it cannot."""
+    """Make a keeper of *home* run in the background, unless one does, and return its hello; Unreachable when it cannot.
+
+    Blocks for some 100 ms; may be repeated at any time, also when the keeper was killed and its children live on.
+    """
     argv, env = keeper_command(home, detach=True)
     try:
         done = subprocess.run(
