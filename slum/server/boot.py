@@ -105,13 +105,13 @@ def write_boot(home: Home) -> tuple[Spawn, ...]:
 def up(home: Home, *, timeout_s: float = UP_S) -> UpResult:
     """Make keeper, ledger, server and agent run and return when the API answers; finds what runs. Unreachable if not."""
     children = write_boot(home)
-    before = _living(home)
+    before = _children(home)
     hello = start_detached(home)
-    started = tuple(spawn.name for spawn in children if before is None or spawn.name not in before)
-    if before is not None:
-        for spawn in children:
-            if spawn.name in started:
-                _spawn(home, spawn)
+    if before is None:
+        started = tuple(PROGRAMS)
+    else:
+        running = {child.name for child in before if child.running}
+        started = tuple(spawn.name for spawn in children if spawn.name not in running and _spawn(home, spawn))
     _wait_for_api(home, time.monotonic() + timeout_s)
     return UpResult(
         keeper_started=before is None,
@@ -124,17 +124,10 @@ def up(home: Home, *, timeout_s: float = UP_S) -> UpResult:
 
 def down(home: Home, *, services: bool, grace_s: float = GRACE_S) -> DownResult:
     """End agent, server and ledger, then with *services* all the rest; nothing running is nothing to do."""
-    living = _living(home)
-    if living is None:
-        return DownResult(stopped=(), left=0)
-    stopped = sorted(living.keys() & PROGRAMS.keys())
-    _shut_down(home, stopped, grace_s)
-    rest = _living(home) or {}
-    if services and rest:
-        stopped += sorted(rest)
-        _shut_down(home, sorted(rest), grace_s)
-        rest = _living(home) or {}
-    return DownResult(stopped=tuple(stopped), left=len(rest))
+    stopped = _shut_down(home, {child.name for child in _children(home) or () if child.name in PROGRAMS}, grace_s)
+    if services:
+        stopped += _shut_down(home, {child.name for child in _children(home) or ()}, grace_s)
+    return DownResult(stopped=stopped, left=sum(child.running for child in _children(home) or ()))
 
 
 def is_ready(home: Home, timeout_s: float = 2.0) -> bool:
@@ -163,29 +156,28 @@ class _Connection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
-def _living(home: Home) -> dict[str, Child] | None:
-    """Return the keeper's children that run or will run again, by name; None without a keeper."""
-    found: dict[str, Child] = {}
-    after: str | None = None
+def _children(home: Home) -> tuple[Child, ...] | None:
+    """Return the keeper's children, also those between two lives; None without a keeper."""
+    found: list[Child] = []
     while True:
         try:
-            answer = call(home, "list", after=after)
+            answer = call(home, "list", after=found[-1].name if found else None)
         except Unreachable:
             return None
-        page = msgspec.convert(answer["children"], list[Child])
-        found |= {child.name: child for child in page if child.running}
+        found += msgspec.convert(answer["children"], list[Child])
         if not answer["more"]:
-            return found
-        after = page[-1].name
+            return tuple(found)
 
 
-def _spawn(home: Home, spawn: Spawn) -> None:
+def _spawn(home: Home, spawn: Spawn) -> bool:
+    """Start *spawn*; False when the keeper has it already, between two lives of its own."""
     try:
         call(home, "spawn", spawn=msgspec.to_builtins(spawn))
     except KeeperError as error:
-        # It is between two lives: the keeper starts it again by itself.
-        if error.kind != "exists":
-            raise
+        if error.kind == "exists":
+            return False
+        raise
+    return True
 
 
 def _wait_for_api(home: Home, end: float) -> None:
@@ -208,14 +200,20 @@ def _last_words(home: Home) -> str:
     return lines[-1] if lines else "nothing"
 
 
-def _shut_down(home: Home, names: list[str], grace_s: float) -> None:
-    """Let the keeper end *names* and return when they are gone; SlumError when they are not."""
+def _shut_down(home: Home, names: set[str], grace_s: float) -> tuple[str, ...]:
+    """Let the keeper end *names* and return those that ran when they are gone; SlumError when they do not go."""
+    running = _running(home, names)
     try:
-        call(home, "shutdown", names=names, grace_s=grace_s)
+        call(home, "shutdown", names=sorted(names), grace_s=grace_s)
     except Unreachable:
-        return
+        return ()
     end = time.monotonic() + grace_s + 5.0
-    while left := sorted((_living(home) or {}).keys() & set(names)):
+    while left := _running(home, names):
         if time.monotonic() > end:
             raise SlumError(f"these do not end: {', '.join(left[:10])}", hint="they ignore SIGKILL; see `dmesg`")
         time.sleep(POLL_S)
+    return running
+
+
+def _running(home: Home, names: set[str]) -> tuple[str, ...]:
+    return tuple(child.name for child in _children(home) or () if child.running and child.name in names)
