@@ -92,7 +92,8 @@ class State:
     def is_replay_of(self, entries: Iterable[bytes]) -> str:
         """Return "" when *entries*, those of this epoch's journal, lead to this state, else why they do not."""
         position = self.position
-        chain, number = replayed_chain(self.epochs(1)[0].chain0, entries, self.results_hash)
+        answers = self._db.execute("SELECT number, results_hash FROM entries ORDER BY number")
+        chain, number = replayed_chain(self.epochs(1)[0].chain0, entries, answers)
         if number != position.applied:
             return f"state.db has applied {position.applied} entries of this epoch, the journal accounts for {number}"
         if chain != position.chain:
@@ -101,11 +102,6 @@ class State:
 
     def epochs(self, count: int) -> tuple[EpochRow, ...]:
         return schema.last_epochs(self._db, count)
-
-    def results_hash(self, number: int) -> bytes | None:
-        """Return what the results of entry *number* of this epoch hash to; None when it has not been applied."""
-        row = self._db.execute("SELECT results_hash FROM entries WHERE number = ?", (number,)).fetchone()
-        return row[0] if row else None
 
     def fleet_bytes(self) -> int:
         """Return the packed size of the newest fleet."""
@@ -314,15 +310,15 @@ def next_chain(chain: str, entry: bytes, results_hash: bytes) -> str:
     return hashlib.sha256(chain.encode() + hashlib.sha256(entry).digest() + results_hash).hexdigest()
 
 
-def replayed_chain(
-    chain0: str, entries: Iterable[bytes], results_hash: Callable[[int], bytes | None]
-) -> tuple[str, int]:
-    """Return the chain after as many of an epoch's first *entries* as have answers on record, and how many these are."""
+def replayed_chain(chain0: str, entries: Iterable[bytes], answers: Iterable[tuple[int, bytes]]) -> tuple[str, int]:
+    """Return the chain after as many of an epoch's first *entries* as have *answers* on record, and how many these are.
+
+    *answers* are (number from 1, hash of the results), in order.
+    """
     chain, number = chain0, 0
-    for entry in entries:
-        answer = results_hash(number + 1)
-        if answer is None:
+    for entry, (found, results_hash) in zip(entries, answers, strict=False):
+        if found != number + 1:
             break
-        number += 1
-        chain = next_chain(chain, entry, answer)
+        number = found
+        chain = next_chain(chain, entry, results_hash)
     return chain, number
