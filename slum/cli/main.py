@@ -121,6 +121,7 @@ Start here:
     epilog=EPILOG,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     invoke_without_command=True,
+    subcommand_metavar="COMMAND [ARGS]...",
 )
 @shared_options
 @click.version_option(__version__, message="slum %(version)s")
