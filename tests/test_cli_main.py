@@ -18,7 +18,7 @@ from cli_support import Desk, desk, lonely  # noqa: F401 - fixtures
 
 from slum import errors
 from slum.cli import crash, look
-from slum.cli.base import SHARED, EXIT_PIPE, SlumCommand
+from slum.cli.base import EXIT_PIPE, SHARED, SlumCommand
 from slum.cli.main import COMMANDS, run, slum
 
 MANUAL = (Path(__file__).resolve().parents[1] / "docs" / "cli.md").read_text()
