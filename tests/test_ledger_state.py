@@ -197,16 +197,19 @@ def test_a_destroy_is_irrevocable(tmp_path: Path) -> None:
         s.rejected(intent("d9", kind="destroy", machine="none"), "missing")
 
 
-def test_another_leaders_open_intent_holds_until_its_deadline(tmp_path: Path) -> None:
+def test_another_leaders_open_intent_holds_what_contradicts_it_until_its_deadline(tmp_path: Path) -> None:
     with scribe(tmp_path) as s:
         s.done(intent("a1", deadline_at=1060.0))
         s.lead(run="r2")
         s.at = 1059.0
-        assert "an earlier leader may still arrive for 1.0 s" in s.rejected(intent("a2"), "fenced").why
-        s.rejected(intent("d1", kind="destroy"), "fenced")
+        why = s.rejected(intent("d1", kind="destroy"), "fenced").why
+        assert "create a1 of an earlier leader may still arrive for 1.0 s" in why
+        s.rejected(intent("a9", incarnation=2), "fenced")
         s.done(intent("b1", machine="other"))
+        s.done(intent("a2", deadline_at=2000.0))
+        s.rejected(intent("d1", kind="destroy"), "fenced")
         s.at = 1061.0
-        s.done(intent("a2"))
+        s.done(intent("d1", kind="destroy"))
 
 
 def test_a_leader_that_goes_on_in_the_next_epoch_is_not_held_by_itself(tmp_path: Path) -> None:

@@ -55,8 +55,8 @@ class SetOverride(Command):
 class Intent(Command):
     """Committed before an operator is called. *action* is unique; *key* is the machine's name with its incarnation.
 
-    A destroy intent is irrevocable: that machine id is dead for ever. Rejected "fenced" when the machine has an open
-    intent of another leader whose deadline has not passed, or is dead.
+    A destroy intent is irrevocable: that incarnation of the machine is dead for ever. Rejected "fenced" when it is dead,
+    or when another leader's open intent on the machine, of another verb or incarnation, has not passed its deadline.
     """
 
     action: str

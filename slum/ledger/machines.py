@@ -1,9 +1,10 @@
 """How Intent and Outcome change state.db: which machines may exist, and who may act on them.
 
 An intent is committed before an operator is called, its outcome after; so any later leader knows what may be under way.
-Clouds know no fencing: a paused leader's call may still arrive. Hence two rules. An intent on a machine that another
-leader's open intent holds is refused until that one's deadline has passed. And a destroy intent is irrevocable: the
-machine's incarnation is dead from then on, only a higher one can be created. Runs inside state.apply's transaction.
+Clouds know no fencing: a paused leader's call may still arrive. Hence two rules. An intent that contradicts another
+leader's open one is refused until that one's deadline has passed; the same verb on the same incarnation contradicts
+nothing, as operators make each call safe to repeat, so a new leader goes on at once. And a destroy intent is irrevocable:
+the machine's incarnation is dead from then on, only a higher one can be created. Runs inside state.apply's transaction.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def apply_intent(turn: Turn, intent: Intent) -> Result:
     if turn.db.execute("SELECT 1 FROM intents WHERE action = ?", (intent.action,)).fetchone():
         return turn.rejected("invalid", f"action {intent.action} is known already")
     row = _machine(turn, intent.machine, intent.incarnation)
-    refusal = _holder(turn, intent.machine) or (
+    refusal = _holder(turn, intent) or (
         _why_not_create(turn, intent, row) if intent.kind == "create" else _why_not_destroy(intent, row)
     )
     if refusal is not None:
@@ -110,17 +111,21 @@ def _after(row: _Row, outcome: Outcome, kind: str, machine_id: str) -> _Row:
     return row._replace(state="destroyed") if outcome.ok else row
 
 
-def _holder(turn: Turn, machine: str) -> str | None:
-    """Return why *machine* must be left alone: another leader's call may still be on its way."""
+def _holder(turn: Turn, intent: Intent) -> str | None:
+    """Return why *intent* must wait: a contrary call of another leader may still be on its way.
+
+    A superseded intent counts too: it was repeated by a later leader, but its own call may arrive all the same.
+    """
     held = turn.db.execute(
-        "SELECT action, kind, deadline_at FROM intents"
-        " WHERE machine = ? AND state = 'open' AND leader <> ? AND deadline_at > ? ORDER BY action LIMIT 1",
-        (machine, turn.leader, turn.at),
+        "SELECT action, kind, deadline_at FROM intents WHERE machine = ? AND state IN ('open', 'superseded')"
+        " AND leader <> ? AND deadline_at > ? AND NOT (kind = ? AND incarnation = ?)"
+        " ORDER BY deadline_at DESC, action LIMIT 1",
+        (intent.machine, turn.leader, turn.at, intent.kind, intent.incarnation),
     ).fetchone()
     if held is None:
         return None
     action, kind, deadline_at = held
-    return f"{machine}: {kind} {action} of an earlier leader may still arrive for {deadline_at - turn.at:.1f} s"
+    return f"{intent.machine}: {kind} {action} of an earlier leader may still arrive for {deadline_at - turn.at:.1f} s"
 
 
 def _why_not_create(turn: Turn, intent: Intent, row: _Row | None) -> str | None:

@@ -57,7 +57,7 @@ CREATE TABLE intents (
   incarnation INTEGER NOT NULL, machine_id TEXT NOT NULL, deadline_at REAL NOT NULL, leader TEXT NOT NULL,
   seq INTEGER NOT NULL, state TEXT NOT NULL
 ) STRICT, WITHOUT ROWID;
-CREATE INDEX intents_open ON intents (machine) WHERE state = 'open';
+CREATE INDEX intents_by_machine ON intents (machine) WHERE state IN ('open', 'superseded');
 """
 
 
