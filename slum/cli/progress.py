@@ -83,15 +83,15 @@ def _shown(asked: Invocation) -> Iterator[Show]:
 
 
 def _plain(asked: Invocation) -> Show:
-    """One line for each thing that arrived, and for what makes the reader wait."""
-    said: dict[str, tuple[str, str]] = {}
+    """One line for each thing that arrived, and one for each state on the way that makes the reader wait."""
+    said: set[tuple[str, str, str]] = set()
     started = time.monotonic()
 
     def show(step: api.Progress) -> None:
         if step.final or step.state in TELLING or step.detail:
-            now = (step.state, step.detail)
-            if said.get(step.name) != now:
-                said[step.name] = now
+            now = (step.name, step.state, step.detail if step.final else "")
+            if now not in said:
+                said.add(now)
                 name, state, took = _words(step, time.monotonic() - started)
                 asked.say(f"  {name:<20}  {state:<36}  {took}".rstrip())
 
