@@ -185,7 +185,9 @@ ROUTES: tuple[Route, ...] = (
 )
 
 
-def make_app(control: Control, lifespan: Callable[[Starlette], AbstractAsyncContextManager[Mapping[str, object]]]) -> Starlette:
+def make_app(
+    control: Control, lifespan: Callable[[Starlette], AbstractAsyncContextManager[Mapping[str, object]]]
+) -> Starlette:
     """Return the ASGI application that serves ROUTES with *control*."""
     return Starlette(
         routes=[mount(route, control) for route in ROUTES],

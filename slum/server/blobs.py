@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from slum import log
-from slum.errors import ConfigError
+from slum.errors import ConfigError, QuorumLost
 from slum.server.problems import TooLarge
 
 BLOB_BYTES_MAX = 256 << 20
@@ -95,7 +95,12 @@ async def collect_for_ever(blobs: Blobs, named: Callable[[], set[str]], every_s:
     """Collect every *every_s* until cancelled."""
     while True:
         await asyncio.sleep(every_s)
-        gone = await asyncio.to_thread(blobs.collect, named(), time.time())
+        try:
+            kept = named()
+        except QuorumLost as error:
+            log.get().info("blobs_not_collected", why=error.message)
+            continue
+        gone = await asyncio.to_thread(blobs.collect, kept, time.time())
         if gone:
             log.get().info("blobs_collected", count=gone)
 
