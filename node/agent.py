@@ -85,8 +85,10 @@ class Agent:
             home, store, self._roster, describer, table, limits, self._oneoffs, self._clock, group
         )
         self._routing = Routing(home, self._roster, describer, self._roster.trouble)
-        self._hands.watch, self._hands.preparer, self._hands.ports = self._watch, self._preparer, self._routing
-        self._takeover = Takeover(home, self._roster, self._hands, self._watch, self._oneoffs, limits, self._clock)
+        self._hands.watch, self._hands.preparer = self._watch, self._preparer
+        self._takeover = Takeover(
+            home, self._roster, self._hands, self._watch, self._preparer, self._oneoffs, limits, self._clock
+        )
         shells = Shells(self._roster, describer, self._preparer, self._oneoffs, table, limits)
         self._streams = Streams(home, self._roster, shells, group)
         self._figures = Figures(home, self._roster, limits)
@@ -317,7 +319,7 @@ def run(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     logger = log.start("agent")
     home = checked_home(options.data_dir, options.run_dir)
-    os.umask(0o077)
+    os.umask(0o022)
     with asyncio.Runner() as runner:
         loop = runner.get_loop()
         task = loop.create_task(main(home), name="agent")

@@ -67,12 +67,6 @@ class Preparing(Protocol):
         ...
 
 
-class Ports(Protocol):
-    def set_port(self, key: Key, port: int | None, *, first: bool) -> None:
-        """Route an instance with ``listen = "port"`` to *port*, or no longer (None)."""
-        ...
-
-
 class Hands:
     """One agent's. *keeper* is set while there is a connection."""
 
@@ -92,7 +86,6 @@ class Hands:
         """The name that the kernel shows for a listener that the keeper holds."""
         self.watch: Watching
         self.preparer: Preparing
-        self.ports: Ports
         self.routes = Routes(describer.home)
         self._roster = roster
         self._describer = describer
@@ -117,7 +110,7 @@ class Hands:
             case Publish(number=number):
                 self._publish(key, number)
             case Unpublish():
-                self._unpublish(key)
+                self.routes.unpublish(key.service, key.id)
                 roster.fold(seen_of.unpublished(seen))
             case Drain(number=number):
                 generation = seen.generation(number)
@@ -247,15 +240,11 @@ class Hands:
     def point(self, key: Key, generation: Generation) -> None:
         """Lead the route of *key* to *generation*; the same again changes nothing."""
         service, first = generation.service, self._roster.is_first(key)
-        if service.listen is Listen.PORT:
-            self.ports.set_port(key, service.port, first=first)
+        if service.listen is Listen.PORT and service.port is not None:
+            self.routes.publish_port(key.service, key.id, service.port, first)
         elif routed(service):
             path = self._describer.socket_path(key, service, generation.socket, self._roster.settings)
             self.routes.publish(key.service, key.id, path, first)
-
-    def _unpublish(self, key: Key) -> None:
-        self.routes.unpublish(key.service, key.id)
-        self.ports.set_port(key, None, first=False)
 
     def _terminate(self, key: Key, number: int, why: str) -> None:
         seen = self._roster.seen(key)
@@ -310,7 +299,7 @@ class Hands:
         remove_socket(home.generation_socket(str(key), socket), home.instance_run(str(key)))
 
     def _forget(self, key: Key) -> None:
-        self._unpublish(key)
+        self.routes.unpublish(key.service, key.id)
         self._roster.forget(key)
         remove_folder(self._describer.home.instance_run(str(key)))
         self._locks.pop(key, None)

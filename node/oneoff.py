@@ -1,6 +1,6 @@
 """Children that run once, behind a service's wall: builds, pre_deploy, `slum run` and `slum exec`.
 
-A build or pre_deploy is named after its release, so that a new agent finds the one that its predecessor started, or how it
+A build or pre_deploy is named after what it is for, so that a new agent finds the one that its predecessor started, or how it
 ended, instead of a second one being started. A run or exec belongs to a stream and dies with it, at the latest when
 the next agent lists the children. Must never be used for what shall live on.
 """
@@ -17,14 +17,6 @@ from slum.node.keeperclient import Child, KeeperClient, KeeperError
 from slum.node.types import Spawn
 
 RUN, PRE_DEPLOY, BUILD = "x/run-", "x/pre-", "b/"
-
-
-def pre_deploy_name(release: str) -> str:
-    return f"{PRE_DEPLOY}{release[:24]}"
-
-
-def build_name(release: str) -> str:
-    return f"{BUILD}{release[:24]}"
 
 
 class Oneoffs:
@@ -64,6 +56,12 @@ class Oneoffs:
             self._waiting.pop(spawn.name, None)
             await self._clear(keeper, spawn.name, kill=spawn.name.startswith(RUN) and not ended.done())
 
+    async def exists(self, name: str) -> bool:
+        """Tell whether there is a child of that name, running or ended but not forgotten."""
+        if self.keeper is None:
+            raise Unreachable("the keeper is gone")
+        return any(child.name == name for child in await self.keeper.list_children())
+
     async def signal(self, name: str, signum: int) -> None:
         """Signal a one-off; that it is gone already is fine."""
         if self.keeper is not None:
@@ -78,7 +76,7 @@ class Oneoffs:
         ended = self._waiting.get(child.name)
         if ended is not None and not ended.done():
             ended.set_result(child.status)
-        elif ended is None and child.name.startswith(RUN) and self.keeper is not None:
+        elif ended is None and self.keeper is not None and child.name.startswith(RUN):
             await self._clear(self.keeper, child.name, kill=False)
 
     def lost(self) -> None:
@@ -101,12 +99,11 @@ class Oneoffs:
             c for c in known.values() if c.name.startswith((RUN, PRE_DEPLOY, BUILD)) and c.name not in self._waiting
         ]
 
-    async def sweep(self, stray: Iterable[Child], releases: Collection[str]) -> None:
-        """End runs that lost their stream, and forget what ended and belongs to none of *releases* any more."""
+    async def sweep(self, stray: Iterable[Child], kept: Collection[str]) -> None:
+        """End children that nobody waits for and nobody will join: all of *stray* but those named in *kept*."""
         keeper = self.keeper
         if keeper is None:
             return
-        kept = {name(release) for release in releases for name in (pre_deploy_name, build_name)}
         for child in stray:
             if child.name not in kept and child.name not in self._waiting:
                 await self._clear(keeper, child.name, kill=child.running)

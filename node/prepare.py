@@ -20,7 +20,7 @@ from slum.node.describe import Describer
 from slum.node.failures import exit_words
 from slum.node.limits.groups import Limits
 from slum.node.link import fetch_blob
-from slum.node.oneoff import Oneoffs, pre_deploy_name
+from slum.node.oneoff import BUILD, PRE_DEPLOY, Oneoffs
 from slum.node.roster import Clock, Roster, releases_in_use
 from slum.node.store import Store
 from slum.node.types import Instance, Runner
@@ -57,6 +57,7 @@ class Preparer:
         self._folders: dict[str, Path] = {}
         self._attempts: dict[str, int] = {}
         self._pre_deployed = store.pre_deployed()
+        self._building: dict[Path, asyncio.Lock] = {}
 
     def folder(self, release: str) -> Path | None:
         """Return where the bundle (or the built copy) of a prepared release lies; None when it has none."""
@@ -97,8 +98,18 @@ class Preparer:
             self._store.keep_pre_deployed(self._pre_deployed)
         from slum.node import bundles
 
-        keep = {service.bundle for service in used.values() if service.bundle}
-        await asyncio.to_thread(bundles.collect, self._home, keep, used.keys())
+        await asyncio.to_thread(bundles.collect, self._home, tuple(used.values()))
+
+    def names(self) -> set[str]:
+        """Return the names of the children that builds and pre_deploys have which are still to be done here."""
+        from slum.node import builds
+
+        used = releases_in_use(self._roster.entries.values(), self._roster.wants.values())
+        unbuilt = (service for service in used.values() if service.build and not builds.built(self._home, service))
+        return {
+            *(self._build_name(service) for service in unbuilt),
+            *(_pre_deploy_name(release) for release in used if release not in self._pre_deployed),
+        }
 
     def _definition(self, key: Key, release: str) -> Service | None:
         want, good = self._roster.wants.get(key), self._roster.seen(key).good
@@ -109,8 +120,8 @@ class Preparer:
     async def _prepare(self, key: Key, release: str, service: Service) -> None:
         try:
             folder = await self._fetched(service)
-            if service.build and folder is not None:
-                folder = await self._built(key, release, service, folder)
+            if service.build:
+                folder = await self._built(key, release, service)
         except Unreachable as error:
             self._attempts[release] = self._attempts.get(release, 0) + 1
             delay_s = min(RETRY_S * 2 ** min(self._attempts[release] - 1, 10), RETRY_S_MAX)
@@ -138,19 +149,31 @@ class Preparer:
 
         return await bundles.ensure(self._home, service.name, service.bundle, gid, fetch)
 
-    async def _built(self, key: Key, release: str, service: Service, bundle: Path) -> Path:
-        """Return the built copy of *bundle*; SlumError when the build fails."""
-        from slum.node import builds
+    async def _built(self, key: Key, release: str, service: Service) -> Path:
+        """Return the built copy of the service's bundle, building it now if need be; SlumError when that fails."""
+        from slum.node import builds, bundles
 
-        done = builds.built(self._home, release)
-        if done is not None:
-            return done
-        self._roster.prepared(release, Working(what="building"))
-        instance = await asyncio.to_thread(self._build_instance, key, release, service, bundle)
-        status = await self._run(instance, f"building {service.name}: {service.build}")
-        if status != 0:
-            raise SlumError(f"build: {exit_words(status)}")
-        return await asyncio.to_thread(builds.finish, self._home, release)
+        path = bundles.build_path(self._home, service)
+        async with self._building.setdefault(path, asyncio.Lock()):
+            done = builds.built(self._home, service)
+            if done is not None:
+                return done
+            self._roster.prepared(release, Working(what="building"))
+            name, uid = self._build_name(service), self._describer.uid(service.name)
+            if not await self._oneoffs.exists(name):
+                await asyncio.to_thread(builds.prepare, self._home, service, uid, uid)
+            oneoff = self.oneoff(key, release, service, name, (SHELL,), cgroup=f"build-{release[:24]}")
+            status = await self._run(builds.as_build(self._home, oneoff), f"build of {service.name}")
+            if status != 0:
+                await asyncio.to_thread(builds.discard, self._home, service)
+                raise SlumError(f"build: {exit_words(status)}")
+            return await asyncio.to_thread(builds.finish, self._home, service, uid)
+
+    def _build_name(self, service: Service) -> str:
+        from slum.node import bundles
+
+        bundle, _, rest = bundles.build_path(self._home, service).name.rpartition("-")
+        return f"{BUILD}{service.name}/{bundle[:16]}-{rest}"
 
     async def _pre_deploy(self, key: Key, release: str, service: Service) -> None:
         try:
@@ -158,7 +181,7 @@ class Preparer:
                 key,
                 release,
                 service,
-                pre_deploy_name(release),
+                _pre_deploy_name(release),
                 (SHELL, "-c", service.pre_deploy or "true"),
                 cgroup=f"pre-{release[:24]}",
             )
@@ -193,3 +216,7 @@ class Preparer:
         log.get().warning("release_broken", key=str(key), release=release[:12], why=why)
         self._roster.note(kind, key, why, release=release)
         self._roster.prepared(release, Broken(why=why))
+
+
+def _pre_deploy_name(release: str) -> str:
+    return f"{PRE_DEPLOY}{release[:24]}"

@@ -1,7 +1,7 @@
-"""Keeps the router as the config wants it: running while anything is routed, with the ports of ``listen = "port"``.
+"""Keeps the router as the config wants it: running while anything is routed, listening where it is asked to.
 
-What it wants changes seldom, so it is a task that makes it true again after each change and each new keeper, and tries
-again while that fails. A failure is the config's trouble, told in the agent's report; services run on meanwhile.
+That changes seldom (routes are links that the router reads by itself), so it is a task that makes it true again after each
+change and each new keeper, and tries again while that fails. A failure is the config's trouble, told in the agent's report; services run on meanwhile.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from collections.abc import Callable
 
 from slum import log
 from slum.errors import SlumError, Unreachable
-from slum.model import Key, Listen
+from slum.model import Listen
 from slum.node import router
-from slum.node.caddyconfig import PortRoute
 from slum.node.describe import Describer
 from slum.node.keeperclient import KeeperClient
 from slum.node.roster import Roster
@@ -32,22 +31,10 @@ class Routing:
         self._roster = roster
         self._describer = describer
         self._trouble = trouble
-        self._ports: dict[Key, PortRoute] = {}
         self._wake = asyncio.Event()
 
     def poke(self) -> None:
         """Look again: the config or the keeper is new."""
-        self._wake.set()
-
-    def set_port(self, key: Key, port: int | None, *, first: bool) -> None:
-        """Route *key* to TCP port *port* of this machine, or no longer (None). The same again costs nothing."""
-        wanted = None if port is None else PortRoute(service=key.service, id=key.id, port=port, first=first)
-        if self._ports.get(key) == wanted:
-            return
-        if wanted is None:
-            self._ports.pop(key, None)
-        else:
-            self._ports[key] = wanted
         self._wake.set()
 
     async def run(self) -> None:
@@ -97,6 +84,5 @@ class Routing:
         return router.Wanted(
             listen=desired.routing_listen,
             domain=desired.domain,
-            port_routes=tuple(self._ports[key] for key in sorted(self._ports)),
             folders=tuple(sorted(folders)),
         )

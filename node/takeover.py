@@ -7,7 +7,6 @@ to fit what lives, and what belongs to nobody is taken away. May be repeated at 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 
 import msgspec
 
@@ -20,7 +19,8 @@ from slum.node.keeperclient import Child, KeeperClient, KeeperError
 from slum.node.limits.groups import Limits
 from slum.node.observed import routed
 from slum.node.oneoff import Oneoffs
-from slum.node.roster import Clock, Roster, releases_in_use
+from slum.node.prepare import Preparer
+from slum.node.roster import Clock, Roster
 from slum.node.sockets import remove_folder
 from slum.node.watch import Watch
 from slum.paths import Home, short_key
@@ -30,12 +30,21 @@ class Takeover:
     """One agent's."""
 
     def __init__(
-        self, home: Home, roster: Roster, hands: Hands, watch: Watch, oneoffs: Oneoffs, limits: Limits, clock: Clock
+        self,
+        home: Home,
+        roster: Roster,
+        hands: Hands,
+        watch: Watch,
+        preparer: Preparer,
+        oneoffs: Oneoffs,
+        limits: Limits,
+        clock: Clock,
     ) -> None:
         self._home = home
         self._roster = roster
         self._hands = hands
         self._watch = watch
+        self._preparer = preparer
         self._oneoffs = oneoffs
         self._limits = limits
         self._clock = clock
@@ -54,7 +63,7 @@ class Takeover:
             adopted += await self._adopt(key, by_key.get(key, []), listeners)
         await self._close_strangers(keeper, listeners)
         self._remove_strangers()
-        await self._oneoffs.sweep(self._oneoffs.listed(children), self._releases())
+        await self._oneoffs.sweep(self._oneoffs.listed(children), self._preparer.names())
         log.get().info("keeper_taken_over", instances=len(self._roster.entries), generations=adopted)
 
     async def _adopt(self, key: Key, children: list[Child], listeners: set[str]) -> int:
@@ -110,6 +119,3 @@ class Takeover:
             if name.split("-")[0] not in ("pre", "run", "build") and name not in alive:
                 self._limits.kill(name)
                 self._limits.remove(name)
-
-    def _releases(self) -> Mapping[str, object]:
-        return releases_in_use(self._roster.entries.values(), self._roster.wants.values())

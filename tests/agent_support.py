@@ -141,14 +141,7 @@ class Site:
 @asynccontextmanager
 async def site() -> AsyncIterator[Site]:
     """Give a Site whose agent is running and connected; everything that it started is ended afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix="sa", dir="/tmp"))
-    folder.chmod(0o711)
-    home = Home(data=folder / "d", run=folder / "r")
-    home.data.mkdir()
-    home.agent.mkdir(mode=0o700)
-    home.data.chmod(0o711)
-    home.identity.write_text(json.dumps({"tenement": "here", "machine": "local:m1"}))
-    home.boot.write_bytes(msgspec.json.encode({"children": [agent_spawn(home)]}))
+    home = new_home()
     start_detached(home)
     member = Member(home.api_socket)
     here = Site(home, member)
@@ -165,7 +158,20 @@ async def site() -> AsyncIterator[Site]:
         if hasattr(here, "keeper"):
             await here.keeper.close()
         await end(home)
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(home.data.parent, ignore_errors=True)
+
+
+def new_home() -> Home:
+    """Return a Home in new folders, with an identity and the agent as what the keeper starts."""
+    folder = Path(tempfile.mkdtemp(prefix="sa", dir="/tmp"))
+    folder.chmod(0o711)
+    home = Home(data=folder / "d", run=folder / "r")
+    home.data.mkdir()
+    home.agent.mkdir(mode=0o700)
+    home.data.chmod(0o711)
+    home.identity.write_text(json.dumps({"tenement": "here", "machine": "local:m1"}))
+    home.boot.write_bytes(msgspec.json.encode({"children": [agent_spawn(home)]}))
+    return home
 
 
 def agent_spawn(home: Home) -> Spawn:
