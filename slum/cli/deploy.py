@@ -94,11 +94,12 @@ def judge(asked: Invocation, outcome: Outcome, revision: int, wait_s: float) -> 
     if outcome.replaced:
         raise Conflict(outcome.replaced, hint="`slum status` shows what holds now")
     for step in outcome.failed:
-        asked.say(
-            f"  last words of {label(step.name)}:" if step.logs else f"  {label(step.name)}: {clean(step.detail)}"
-        )
-        for line in step.logs:
-            asked.say(f"    {clean(line)}".rstrip())
+        if step.logs:
+            asked.say(f"  last words of {label(step.name)}:")
+            for line in step.logs:
+                asked.say(f"    {clean(line)}".rstrip())
+        elif asked.quiet:
+            asked.say(f"  {label(step.name)}: {step.state}  {clean(step.detail)}".rstrip())
     if not outcome.failed and outcome.in_time:
         return
     services = list(dict.fromkeys(step.service for step in (*outcome.failed, *outcome.waiting) if step.service))

@@ -81,7 +81,7 @@ def _pick(views: tuple[api.InstanceView, ...], *, needs_running: bool) -> api.In
         report = views[0].report
         raise ConfigError(
             f"{report.service}/{report.id} is {report.phase}: there is nothing to run a command in",
-            hint=f"`slum start {report.service}`, or `slum run {report.service} -- COMMAND` behind a new wall",
+            hint=f"`slum {'start' if report.phase is Phase.STOPPED else 'restart'} {report.service}`, or `slum run {report.service} -- COMMAND` behind a new wall",
         )
     return running or views[0]
 

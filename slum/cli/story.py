@@ -132,7 +132,9 @@ def _event_text(event: api.Event, told: api.Explanation) -> str:
         return f"{event.why} asked by {event.actor}"
     about = _generation(event)
     if about is not None and event.kind in VERBS:
-        detail = f" ({event.why})" if event.why and event.kind not in ENDS else ""
+        detail = "" if not event.why or event.kind in ENDS else f": {event.why}"
+        if event.kind == "generation_started":
+            detail = f" ({event.why})" if event.why else ""
         return f"generation {about[1]} {VERBS[event.kind]}{detail}"
     words = event.kind.removeprefix("instance_").replace("_", " ")
     why = f": {event.why}" if event.why else ""
