@@ -1,9 +1,11 @@
-"""The router's configuration: a pure function from a few facts to the JSON that Caddy reads.
+"""The router's configuration: a pure function from a few facts to the JSON that Caddy reads, once, when it starts.
 
 One static wildcard: the labels of the Host header name a symlink below <run>/r, and that symlink is the upstream. So
-publishing, flipping and withdrawing a route never touches Caddy. Only `listen = "port"` services, whose port says
-nothing in a file name, are listed here one by one. Inputs are plain values; nothing here opens, starts or reads
-anything, and nothing that a service controls (a path, an environment) ever enters the configuration.
+publishing, flipping and withdrawing a route never touches Caddy. A `listen = "port"` service's link leads to a second
+server of the same Caddy, which finds the port as a file's name beside the link. There is nothing to reload: a reload loses
+requests (net/http drops what was accepted and not yet read), and Caddy's admin API, which any service could otherwise
+reach by planting a link to it as its socket, is off. Inputs are plain values; nothing here opens, starts or reads anything,
+and nothing that a service controls (a path, an environment) ever enters the configuration.
 """
 
 from __future__ import annotations
@@ -14,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from slum.frozen import Frozen
-from slum.model import ID_PATTERN, NAME_PATTERN, host_name
+from slum.model import ID_PATTERN, NAME_PATTERN
 
 Json = dict[str, Any]
 
 RETRY_FOR = "500ms"
 """How long a request waits for a socket that is missing or refuses, before it is answered 503: a crashed service that
 is started again in that time, or a full backlog that drains, costs nobody an error. Only failed dials are tried again."""
-STREAMS_OUTLIVE_RELOAD = "24h"
 ACCESS_LOG_MB = 4
 ACCESS_LOGS_ROTATED = 1
 SAMPLE_S = 1
@@ -29,15 +30,6 @@ LOGGED_A_SAMPLE = 200
 LOGGED_AFTER = 100
 """Of the requests of one second, each of the first 200 is logged, then one in 100, for errors (5xx) and the rest apart:
 logging all would cost a tenth of the router's requests/s. node/traffic.py counts with these weights."""
-
-
-class PortRoute(Frozen):
-    """A service that listens on a TCP port of its own; *first*: it also answers for the service's own name."""
-
-    service: str
-    id: str
-    port: int
-    first: bool = True
 
 
 class Issuer(Frozen):
@@ -48,20 +40,19 @@ class Issuer(Frozen):
 
 
 class RouterFacts(Frozen):
-    """All that the configuration depends on. *plain*, *tls*, *redirect* and *admin* are inherited descriptors.
+    """All that the configuration depends on. *plain*, *tls*, *redirect* and *ports* are inherited descriptors.
 
     Requests on *plain* are served as they come, on *tls* after a handshake (one certificate a published name, made on
-    demand), and those on *redirect* are sent to https.
+    demand), and those on *redirect* are sent to https. *ports* takes what links of port services lead to.
     """
 
     domain: str
     routes: Path
     access_log: Path
-    admin: int
+    ports: int
     plain: tuple[int, ...] = ()
     tls: tuple[int, ...] = ()
     redirect: tuple[int, ...] = ()
-    port_routes: tuple[PortRoute, ...] = ()
     issuer: Issuer = Issuer()
 
 
@@ -73,8 +64,8 @@ def is_public(domain: str) -> bool:
 
 def caddy_config(facts: RouterFacts) -> Json:
     """Return the whole configuration; equal for equal facts."""
-    servers: Json = {}
-    routes = [*_port_routes(facts), *_socket_routes(facts), _no_such_name()]
+    servers: Json = {"ports": _ports_server(facts)}
+    routes = [*_socket_routes(facts), _no_such_name()]
     if facts.plain:
         servers["plain"] = _server(facts.plain, routes)
     if facts.redirect:
@@ -88,7 +79,7 @@ def caddy_config(facts: RouterFacts) -> Json:
         servers["ask"] = {"listen": [ask_address(facts.routes)], **_NOT_AUTOMATIC, "routes": _ask_routes(facts)}
         apps["tls"] = _certificates(facts)
     return {
-        "admin": {"listen": f"fd/{facts.admin}", "config": {"persist": False}},
+        "admin": {"disabled": True, "config": {"persist": False}},
         "logging": _logging(facts.access_log),
         "apps": {**apps, "http": {"servers": servers}},
     }
@@ -122,60 +113,81 @@ def _server(descriptors: Sequence[int], routes: list[Json]) -> Json:
 
 
 def _socket_routes(facts: RouterFacts) -> list[Json]:
-    """Two routes: SERVICE.DOMAIN and ID.SERVICE.DOMAIN. Caddy lower-cases labels and counts them from the right."""
+    return [
+        {"match": [_host(facts, pattern)], "handle": [_proxy(f"unix/{facts.routes}/{name}.sock")], "terminal": True}
+        for pattern, name in _names(facts)
+    ]
+
+
+def _names(facts: RouterFacts) -> tuple[tuple[str, str], tuple[str, str]]:
+    """Return (pattern of the host's labels, path below <run>/r) for SERVICE.DOMAIN and for ID.SERVICE.DOMAIN.
+
+    Caddy lower-cases these labels and counts them from the right.
+    """
     depth = facts.domain.count(".") + 1
-    service, instance = f"{{http.request.host.labels.{depth}}}", f"{{http.request.host.labels.{depth + 1}}}"
-    ending = facts.domain.replace(".", r"\.")
-    return [
+    service, instance = (f"{{http.request.host.labels.{depth + more}}}" for more in (0, 1))
+    return (NAME_PATTERN, service), (f"{ID_PATTERN}\\.{NAME_PATTERN}", f"{service}/{instance}")
+
+
+def _host(facts: RouterFacts, pattern: str) -> Json:
+    return {"vars_regexp": {"{http.request.host}": {"pattern": f"(?i)^{pattern}\\.{_ending(facts)}$"}}}
+
+
+def _ending(facts: RouterFacts) -> str:
+    return facts.domain.replace(".", r"\.")
+
+
+def _ports_server(facts: RouterFacts) -> Json:
+    """The second stop of requests to port services: the one file in NAME.port/ is named after the port."""
+    number = {"vars_regexp": {"{http.matchers.file.relative}": {"name": "port", "pattern": "/([0-9]{1,5})$"}}}
+    proxy = _chosen(number, _proxy("127.0.0.1:{http.regexp.port.1}", first=False), _unanswered())
+    routes = [
         {
-            "match": [{"vars_regexp": {"{http.request.host}": {"pattern": f"(?i)^{name}\\.{ending}$"}}}],
-            "handle": _proxy(f"unix/{facts.routes}/{socket}.sock"),
+            "match": [_host(facts, pattern)],
+            "handle": [_chosen(_file(facts, f"/{name}.port/*"), proxy, _unanswered())],
             "terminal": True,
         }
-        for name, socket in (
-            (NAME_PATTERN, service),
-            (f"{ID_PATTERN}\\.{NAME_PATTERN}", f"{service}/{instance}"),
-        )
+        for pattern, name in _names(facts)
     ]
+    return {
+        "listen": [f"fd/{facts.ports}"],
+        **_NOT_AUTOMATIC,
+        # What comes here passed the first stop, whose X-Forwarded-* are right.
+        "trusted_proxies_unix": True,
+        "routes": [*routes, _no_such_name()],
+        "errors": {"routes": _error_routes()},
+    }
 
 
-def _port_routes(facts: RouterFacts) -> list[Json]:
-    return [
-        {
-            "match": [{"host": _hosts(route, facts.domain)}],
-            "handle": _proxy(f"127.0.0.1:{route.port}"),
-            "terminal": True,
-        }
-        for route in facts.port_routes
-    ]
+def _file(facts: RouterFacts, name: str) -> Json:
+    """Match when there is such a file, the newest of several. The default policy opens files, which sockets refuse."""
+    return {"file": {"root": str(facts.routes), "try_files": [name], "try_policy": "most_recently_modified"}}
 
 
-def _hosts(route: PortRoute, domain: str) -> list[str]:
-    names = [host_name(route.service, route.id, domain)]
-    return [host_name(route.service, None, domain), *names] if route.first else names
+def _chosen(match: Json, handler: Json, otherwise: Json) -> Json:
+    """Return a handler that is *handler* where *match* holds, else *otherwise*; matched after what is around it."""
+    routes = [{"match": [match], "handle": [handler], "terminal": True}, {"handle": [otherwise]}]
+    return {"handler": "subroute", "routes": routes}
 
 
-def _proxy(upstream: str) -> list[Json]:
-    """Return the handlers that pass a request on. X-Forwarded-* are Caddy's own, and a client's are not believed.
+def _proxy(upstream: str, *, first: bool = True) -> Json:
+    """Return the handler that passes a request on. X-Forwarded-* are Caddy's own, and a client's are not believed.
 
     The transport keeps no connection: an idle one would hold the old generation's socket after a flip, so that it
     never drains, and the next request would reach a process that is about to stop.
     """
-    identifier = {"X-Request-Id": ["{http.request.uuid}"]}
-    return [
-        {
-            "handler": "reverse_proxy",
-            "transport": {"protocol": "http", "keep_alive": {"enabled": False}, "compression": False},
-            "upstreams": [{"dial": upstream}],
-            "headers": {"request": {"set": identifier}, "response": {"set": identifier}},
-            "load_balancing": {
-                "try_duration": RETRY_FOR,
-                "try_interval": "25ms",
-                "retry_match": [{"method": ["NONE-ONCE-THE-REQUEST-WAS-SENT"]}],
-            },
-            "stream_close_delay": STREAMS_OUTLIVE_RELOAD,
-        }
-    ]
+    identifier = {"set": {"X-Request-Id": ["{http.request.uuid}"]}}
+    return {
+        "handler": "reverse_proxy",
+        "transport": {"protocol": "http", "keep_alive": {"enabled": False}, "compression": False},
+        "upstreams": [{"dial": upstream}],
+        "load_balancing": {
+            "try_duration": RETRY_FOR,
+            "try_interval": "25ms",
+            "retry_match": [{"method": ["NONE-ONCE-THE-REQUEST-WAS-SENT"]}],
+        },
+        **({"headers": {"request": identifier, "response": identifier}} if first else {}),
+    }
 
 
 def _no_such_name() -> Json:
@@ -195,14 +207,18 @@ def _to_https() -> Json:
 
 def _error_routes() -> list[Json]:
     """What a client reads when the upstream cannot be reached, or went away before it answered."""
-    dial = {"vars_regexp": {"{http.error.message}": {"pattern": "^dial "}}}
+    dialled = {"vars_regexp": {"{http.error.message}": {"pattern": "^dial "}}}
     full = {"vars_regexp": {"{http.error.message}": {"pattern": "^dial .*temporarily unavailable"}}}
     host = "{http.request.host}"
     return [
         {"match": [full], "handle": [_text(503, f"slum: {host} has more requests than it takes")], "terminal": True},
-        {"match": [dial], "handle": [_text(503, f"slum: {host} has no instance that answers")], "terminal": True},
+        {"match": [dialled], "handle": [_unanswered()], "terminal": True},
         {"handle": [_text("{http.error.status_code}", f"slum: {host} ended the connection without an answer")]},
     ]
+
+
+def _unanswered() -> Json:
+    return _text(503, "slum: {http.request.host} has no instance that answers")
 
 
 def _text(status: int | str, line: str) -> Json:
@@ -214,44 +230,16 @@ def _text(status: int | str, line: str) -> Json:
 
 def _ask_routes(facts: RouterFacts) -> list[Json]:
     """200 for a name that is published now, 403 for all others, so that strangers cannot make us ask for certificates."""
-    asked = "{http.request.uri.query.domain}"
-    ending = facts.domain.replace(".", r"\.")
-    pattern = f"^(?:(?P<id>{ID_PATTERN})\\.)?(?P<service>{NAME_PATTERN})\\.{ending}$"
-    service, instance = "{http.regexp.asked.service}", "{http.regexp.asked.id}"
-    named = {"vars_regexp": {asked: {"name": "asked", "pattern": pattern}}}
-    yes = {"handler": "static_response", "status_code": 200}
-    files = [f"/{service}/{instance}.sock", f"/{service}.sock"]
-    ports = [host for route in facts.port_routes for host in _hosts(route, facts.domain)]
-    return [
-        {"match": [{"vars": {asked: ports}}], "handle": [yes], "terminal": True},
-        {
-            "match": [named],
-            "handle": [
-                {
-                    "handler": "subroute",
-                    "routes": [
-                        {
-                            "match": [
-                                {
-                                    "vars": {instance: [""]},
-                                    "file": {"root": str(facts.routes), "try_files": files[1:]},
-                                },
-                                {
-                                    "not": [{"vars": {instance: [""]}}],
-                                    "file": {"root": str(facts.routes), "try_files": files[:1]},
-                                },
-                            ],
-                            "handle": [yes],
-                            "terminal": True,
-                        },
-                        {"handle": [{"handler": "static_response", "status_code": 403}]},
-                    ],
-                }
-            ],
-            "terminal": True,
-        },
-        {"handle": [{"handler": "static_response", "status_code": 403}]},
-    ]
+    yes, no = ({"handler": "static_response", "status_code": status} for status in (200, 403))
+    routes: list[Json] = []
+    for pattern, name in (
+        (f"({NAME_PATTERN})", "/{http.regexp.asked.1}.sock"),
+        (f"({ID_PATTERN})\\.({NAME_PATTERN})", "/{http.regexp.asked.2}/{http.regexp.asked.1}.sock"),
+    ):
+        asked = {"name": "asked", "pattern": f"^{pattern}\\.{_ending(facts)}$"}
+        match = {"vars_regexp": {"{http.request.uri.query.domain}": asked}}
+        routes.append({"match": [match], "handle": [_chosen(_file(facts, name), yes, no)], "terminal": True})
+    return [*routes, {"handle": [no]}]
 
 
 def _certificates(facts: RouterFacts) -> Json:

@@ -1,10 +1,12 @@
 """Publishing routes: symlinks below <run>/r that name the socket an instance serves on. No process is told.
 
 <run>/r/SERVICE.sock leads to the service's first instance, <run>/r/SERVICE/ID.sock to each. A link is made under another
-name and renamed, so at any moment a request finds the old target or the new one, never nothing. The folders belong to
-slum, are passable by the router's group and by nobody else, and unwritable to all but slum. A target lies where a
-service can write: whether it is that service's own socket is to be proven before publishing (sockets.open_socket), and
-what the router's uid could reach by a link planted later is bounded by its permissions. Never opens a socket.
+name and renamed, so at any moment a request finds the old target or the new one, never nothing. Of an instance that
+listens on a port the link leads to the router's own second stop, and NAME.port/ beside it holds one file named after the
+port. The folders belong to slum, are passable by the router's group and by nobody else, and unwritable to all but slum.
+A target lies where a service can write: whether it is that service's own socket is to be proven before publishing
+(sockets.open_socket), and what the router's uid could reach by a link planted later is bounded by its permissions. Never
+opens a socket.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from slum.node.uids import ROUTER_UID
 from slum.paths import Home
 
 ENDING = ".sock"
+PORT = ".port"
+PORTS_SOCKET = "ports.sock"
 UNFINISHED = ".new-"
 """Begins with a dot, so that no host name can lead to one."""
 
@@ -31,11 +35,17 @@ class Route(Frozen):
     target: Path
 
 
+def ports_socket(home: Home) -> Path:
+    """Return where the router listens for requests to services that listen on a port."""
+    return home.router / PORTS_SOCKET
+
+
 class Routes:
     """The routes of one machine; all state is the folder itself."""
 
     def __init__(self, home: Home) -> None:
         self._folder = home.routes
+        self._ports = ports_socket(home)
 
     def publish(self, service: str, id: str, socket_path: Path, first: bool) -> None:
         """Point ID.SERVICE (and SERVICE when *first*) at *socket_path*. Atomic for each name; may be repeated."""
@@ -47,13 +57,21 @@ class Routes:
         if first:
             _point(self._of(service, None), socket_path)
 
+    def publish_port(self, service: str, id: str, port: int, first: bool) -> None:
+        """As ``publish``, for an instance that listens on *port* of 127.0.0.1."""
+        _make_folder(self._folder)
+        _make_folder(self._folder / service)
+        for link in (self._of(service, id), *([self._of(service, None)] if first else [])):
+            _name_port(link.with_suffix(PORT), port)
+            _point(link, self._ports)
+
     def unpublish(self, service: str, id: str) -> None:
         """Withdraw the route of one instance, and the service's own name when it leads there. May be repeated."""
         named = self._of(service, id)
         target = _target(named)
         if target is not None and _target(self._of(service, None)) == target:
-            self._of(service, None).unlink(missing_ok=True)
-        named.unlink(missing_ok=True)
+            _withdraw(self._of(service, None))
+        _withdraw(named)
         _remove_if_empty(self._folder / service)
 
     def target(self, service: str, id: str | None = None) -> Path | None:
@@ -79,12 +97,14 @@ class Routes:
             ids = wanted.get(route.service, ())
             targets = {self.target(route.service, instance) for instance in ids}
             if route.id not in ids if route.id is not None else route.target not in targets:
-                self._of(route.service, route.id).unlink(missing_ok=True)
+                _withdraw(self._of(route.service, route.id))
                 gone.append(route)
         for folder in self._folders():
             for name in os.listdir(folder):
                 if name.startswith(UNFINISHED):
                     (folder / name).unlink(missing_ok=True)
+                elif name.endswith(PORT) and _target((folder / name).with_suffix(ENDING)) != self._ports:
+                    _forget_port(folder / name)
             if folder != self._folder:
                 _remove_if_empty(folder)
         return tuple(gone)
@@ -96,7 +116,8 @@ class Routes:
         if not self._folder.is_dir():
             return []
         with os.scandir(self._folder) as entries:
-            return [*(Path(e.path) for e in entries if e.is_dir(follow_symlinks=False)), self._folder]
+            inside = [Path(e.path) for e in entries if e.is_dir(follow_symlinks=False) and not e.name.endswith(PORT)]
+        return [*inside, self._folder]
 
     def _links(self) -> Iterator[tuple[Path, str, str | None]]:
         for folder in self._folders():
@@ -107,17 +128,38 @@ class Routes:
                     yield folder / name, stem if own else folder.name, None if own else stem
 
 
-def _make_folder(folder: Path) -> None:
-    """Make *folder* as the router needs it: as root passable (not listable) by the router's group, else private."""
+def _make_folder(folder: Path, mode: int = 0o710) -> None:
+    """Make *folder* as the router needs it: as root passable by the router's group, else private."""
     root = os.geteuid() == 0
     try:
-        if stat.S_IMODE(folder.stat().st_mode) == (0o710 if root else 0o700):
+        if stat.S_IMODE(folder.stat().st_mode) == (mode if root else 0o700):
             return
     except FileNotFoundError:
         folder.mkdir(mode=0o700)
     if root:
         os.chown(folder, 0, ROUTER_UID)
-    folder.chmod(0o710 if root else 0o700)
+    folder.chmod(mode if root else 0o700)
+
+
+def _name_port(folder: Path, port: int) -> None:
+    """Make *folder* hold one file, named *port*; for a moment beside the former one."""
+    _make_folder(folder, 0o750)
+    (folder / str(port)).touch()
+    for name in os.listdir(folder):
+        if name != str(port):
+            (folder / name).unlink(missing_ok=True)
+
+
+def _withdraw(link: Path) -> None:
+    link.unlink(missing_ok=True)
+    _forget_port(link.with_suffix(PORT))
+
+
+def _forget_port(folder: Path) -> None:
+    if folder.is_dir():
+        for name in os.listdir(folder):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def _point(link: Path, target: Path) -> None:
@@ -127,6 +169,8 @@ def _point(link: Path, target: Path) -> None:
     unfinished.unlink(missing_ok=True)
     unfinished.symlink_to(target)
     unfinished.rename(link)
+    if target.name != PORTS_SOCKET:
+        _forget_port(link.with_suffix(PORT))
 
 
 def _target(link: Path) -> Path | None:

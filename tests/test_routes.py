@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from slum.node.routes import Route, Routes
+from slum.node.routes import Route, Routes, ports_socket
 from slum.node.uids import ROUTER_UID
 from slum.paths import Home
 
@@ -80,6 +80,22 @@ def test_a_leftover_of_a_crash_does_not_stop_the_next_publishing(home: Home, rou
     (home.routes / ".new-web.sock").symlink_to("/s/half")
     routes.publish("web", "main", Path("/s/2"), first=True)
     assert routes.target("web") == routes.target("web", "main") == Path("/s/2")
+
+
+def test_a_port_is_the_name_of_the_one_file_beside_the_link(home: Home, routes: Routes) -> None:
+    routes.publish_port("old", "main", 8001, first=True)
+    routes.publish_port("old", "main", 8002, first=True)
+    assert routes.target("old") == routes.target("old", "main") == ports_socket(home)
+    assert os.listdir(home.routes / "old.port") == os.listdir(home.routes / "old" / "main.port") == ["8002"]
+    assert routes.prune({"old": ["main"]}) == ()
+    routes.publish("old", "main", Path("/s/main"), first=True)
+    assert sorted(os.listdir(home.routes)) == ["old", "old.sock"]
+    routes.publish_port("old", "main", 8002, first=True)
+    routes.unpublish("old", "main")
+    assert os.listdir(home.routes) == []
+    routes.publish_port("old", "main", 8002, first=True)
+    routes.prune({})
+    assert os.listdir(home.routes) == []
 
 
 def test_no_folder_means_no_routes(routes: Routes) -> None:
