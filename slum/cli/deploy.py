@@ -105,7 +105,8 @@ def judge(asked: Invocation, outcome: Outcome, revision: int, wait_s: float) -> 
     services = list(dict.fromkeys(step.service for step in (*outcome.failed, *outcome.waiting) if step.service))
     names = ", ".join(dict.fromkeys(label(step.name) for step in outcome.failed or outcome.waiting)) or "the fleet"
     what = "not well" if outcome.failed else f"not there after {seconds(wait_s)}; it goes on"
-    look = f"`slum explain {services[0]}`" if services else "`slum status`"
+    machine = any(step.what == "tenement" for step in outcome.failed or outcome.waiting)
+    look = f"`slum explain {services[0]}`" if services and not machine else "`slum status`"
     raise Unhealthy(
         f"revision {revision} is committed, but {names} {'is' if ',' not in names else 'are'} {what}",
         hint=f"{look}, or `slum rollback`" if revision > 1 else look,
