@@ -78,7 +78,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], paint: Paint) ->
         ).rstrip()
         for cells in (
             [(n, header[n], "dim") for n in wanted],
-            *([(n, row[n] or ("-" if header[n] else ""), getattr(row[n], "style", "")) for n in wanted] for row in body),
+            *(
+                [(n, row[n] or ("-" if header[n] else ""), getattr(row[n], "style", "")) for n in wanted]
+                for row in body
+            ),
         )
     ]
 
