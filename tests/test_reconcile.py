@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from server_support import Plane, a_fleet, a_plane, a_service, applied, eventually, get
 
-from slum import api
+from slum import api, wire
 from slum.model import Fleet
 from slum.node.keeperclient import start_detached
 from slum.operators.base import Machine
@@ -274,10 +274,16 @@ async def test_a_machine_is_not_destroyed_while_its_services_run(plane: Plane, h
         await agent.until(lambda a: len(a.desired) > 1)
         await agent.report(agent.instances["notes", "main"])
         assert await state_of(http, "here") == "draining"
+        await agent.say(wire.Note(kind="still_here", service="notes", id="main", at=1.0, detail=""))
+        await eventually(lambda: said(http, "still_here"))
         assert "machine_destroy_intended" not in await kinds(http)
         agent.instances.clear()
         await agent.report(full=True)
         await eventually(lambda: gone(http))
+
+
+async def said(http: httpx.AsyncClient, kind: str) -> bool:
+    return bool(await get(http, "events", tuple[api.Event, ...], kind=kind))
 
 
 async def test_a_renamed_local_tenement_is_left_then_taken(plane: Plane, http: httpx.AsyncClient) -> None:
