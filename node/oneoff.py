@@ -54,7 +54,8 @@ class Oneoffs:
             return await ended
         finally:
             self._waiting.pop(spawn.name, None)
-            await self._clear(keeper, spawn.name, kill=spawn.name.startswith(RUN) and not ended.done())
+            unfinished = ended.cancelled() or not ended.done()
+            await self._clear(keeper, spawn.name, kill=unfinished and spawn.name.startswith(RUN))
 
     async def exists(self, name: str) -> bool:
         """Tell whether there is a child of that name, running or ended but not forgotten."""

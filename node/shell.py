@@ -30,6 +30,7 @@ from slum.wire import ExecRequest, RunRequest, StreamData, StreamEnd, StreamResi
 LINGER_S = 1.0
 """How long output may follow the command's end: its children may still hold it."""
 SETSID = ("/usr/bin/setsid", "--ctty", "--wait")
+"""Before the command, inside the wall: its own session with the terminal, so that ctrl-C reaches it and not the wall."""
 
 
 class Shells:
@@ -54,16 +55,18 @@ class Shells:
     async def serve(self, request: ExecRequest | RunRequest, socket: WebSocket) -> None:
         """Run what *request* asks for over *socket*, to its end or that of the stream."""
         token = secrets.token_hex(6)
-        key = self._key(request.service, request.id)
         try:
             if not request.command:
                 raise ConfigError("no command was given")
+            if request.tty:
+                request = msgspec.structs.replace(request, command=(*SETSID, *request.command))
+            key = self._key(request.service, request.id)
             if isinstance(request, RunRequest):
                 spawn = self._run_spawn(key, request, token)
             else:
                 spawn = await self._exec_spawn(key, request, token)
             if request.tty:
-                spawn = _on_terminal(spawn)
+                spawn = msgspec.structs.replace(spawn, env={"TERM": "xterm-256color", **spawn.env})
             status = await self._converse(spawn, request, socket)
             end = StreamEnd(status=status, error="" if status is not None else "the command ended unseen")
         except (SlumError, OSError) as error:
@@ -172,13 +175,3 @@ async def _inward(socket: WebSocket, stdio: Stdio) -> None:
 async def _outward(socket: WebSocket, stdio: Stdio, channel: int) -> None:
     async for data in stdio.read(channel):
         await socket.send(encoder.encode(StreamData(data=data, channel=channel)))
-
-
-def _on_terminal(spawn: Spawn) -> Spawn:
-    """Return *spawn* with its terminal as the controlling one, so that ctrl-C and job control work: one process more."""
-    depths = spawn.signalling
-    deeper = msgspec.structs.replace(
-        depths, term_depth=depths.term_depth + 1, kill_depth=depths.kill_depth + 1 if depths.kill_depth else 0
-    )
-    env = {"TERM": "xterm-256color", **spawn.env}
-    return msgspec.structs.replace(spawn, argv=(*SETSID, *spawn.argv), signalling=deeper, env=env)
