@@ -12,14 +12,13 @@ from __future__ import annotations
 import gc
 import json
 import os
-import resource
 import signal
 import sys
 import time
 
 from slum import __version__
 from slum.node import keeper_proc as proc
-from slum.node.keeper_child import NAME, check_spawn
+from slum.node.keeper_child import NAME, Heritage, check_spawn
 from slum.node.keeper_children import Children
 from slum.node.keeper_clients import Client, Door, Refused
 from slum.node.keeper_listen import Listener, bind, check_listen, holders, take_back
@@ -49,7 +48,9 @@ class Keeper:
         self._lock_fd = lock_fd
         self._running = True
         self._leaving = False
-        self._nofile = _raise_nofile(state.get("nofile"))
+        proc.prctl(proc.PR_SET_CHILD_SUBREAPER, 1)
+        self._catch_signals()
+        self._heritage = Heritage(state.get("nofile"))
         self._table = Table(places.table, self.boot_id)
         self._listeners: dict[str, Listener] = {}
         self.children = Children(
@@ -57,7 +58,7 @@ class Keeper:
             self._table,
             places.fifos,
             boot_id=self.boot_id,
-            nofile=self._nofile,
+            heritage=self._heritage,
             sockets=self._sockets,
             tell=self._tell,
             say=self.say,
@@ -77,8 +78,6 @@ class Keeper:
             "reexec": self._reexec,
             "shutdown": self._shutdown,
         }
-        proc.prctl(proc.PR_SET_CHILD_SUBREAPER, 1)
-        self._catch_signals()
         self.door = Door(self.loop, places.socket, handle=self._handle, say=self.say, inherited=state.get("door"))
         booted = self._read_boot()
         self.children.adopt([spawn["name"] for spawn in booted])
@@ -286,7 +285,12 @@ class Keeper:
         if not os.access(sys.executable, os.X_OK):
             raise Refused("os", f"{sys.executable} cannot be executed")
         listeners = {name: each.sock.fileno() for name, each in self._listeners.items() if each.sock is not None}
-        state = {"lock": self._lock_fd, "door": self.door.fileno(), "listeners": listeners, "nofile": self._nofile}
+        state = {
+            "lock": self._lock_fd,
+            "door": self.door.fileno(),
+            "listeners": listeners,
+            "nofile": self._heritage.nofile,
+        }
         memory = os.memfd_create("keeper", 0)
         os.write(memory, json.dumps(state).encode())
         os.lseek(memory, 0, os.SEEK_SET)
@@ -338,13 +342,6 @@ def _name(request: dict[str, Any]) -> str:
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise Refused("invalid", "name is missing, or is no name")
     return name
-
-
-def _raise_nofile(former: Sequence[int] | None) -> tuple[int, int]:
-    """Let this process open all that it may, and return the limits that children start with."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return (former[0], former[1]) if former else (soft, hard)
 
 
 def main(arguments: Sequence[str]) -> int:

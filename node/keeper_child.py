@@ -17,7 +17,7 @@ import signal
 import socket
 from fcntl import F_DUPFD_CLOEXEC, fcntl
 
-from slum.node.keeper_proc import PR_SET_NO_NEW_PRIVS, prctl
+from slum.node.keeper_proc import PR_SET_NO_NEW_PRIVS, prctl, read_bytes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -121,8 +121,30 @@ def _require(condition: object, why: str) -> None:
         raise ValueError(why)
 
 
+class Heritage:
+    """What a child would inherit from the keeper and must not: looked up once, for asking takes a child a millisecond.
+
+    Making one also lets the keeper itself open all the files that it may; *nofile* is what children start with, and is
+    looked up unless a former keeper handed it on.
+    """
+
+    __slots__ = ("ignored", "nofile", "oom_protected")
+
+    def __init__(self, nofile: Sequence[int] | None = None) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        self.nofile = (nofile[0], nofile[1]) if nofile else (soft, hard)
+        self.ignored = [each for each in signal.valid_signals() if signal.getsignal(each) is signal.SIG_IGN]
+        self.oom_protected = int(read_bytes("/proc/self/oom_score_adj")) < 0
+
+
 def launch(
-    spawn: dict[str, Any], *, listeners: Sequence[int], stdio: Sequence[int], fifo: str | None, nofile: tuple[int, int]
+    spawn: dict[str, Any],
+    *,
+    listeners: Sequence[int],
+    stdio: Sequence[int],
+    fifo: str | None,
+    heritage: Heritage,
 ) -> tuple[int, socket.socket]:
     """Fork a child that becomes *spawn*; return its pid and our end of the socket it reports on.
 
@@ -137,7 +159,7 @@ def launch(
         theirs.close()
         raise
     if pid == 0:
-        _become(spawn, theirs.fileno(), listeners, stdio, fifo, nofile)
+        _become(spawn, theirs.fileno(), listeners, stdio, fifo, heritage)
     theirs.close()
     ours.setblocking(False)
     return pid, ours
@@ -149,7 +171,7 @@ def _become(
     listeners: Sequence[int],
     stdio: Sequence[int],
     fifo: str | None,
-    nofile: tuple[int, int],
+    heritage: Heritage,
 ) -> NoReturn:
     """Turn this forked child into the program, or report why not; never returns into the keeper's loop."""
     step = "fork"
@@ -162,7 +184,8 @@ def _become(
         for path in spawn["cgroup_procs"]:
             _write(path, b"0")
         step = "oom_score_adj"
-        _set_oom_score(spawn["oom_score_adj"])
+        if spawn["oom_score_adj"] is not None or heritage.oom_protected:
+            _write("/proc/self/oom_score_adj", str(spawn["oom_score_adj"] or 0).encode())
         step = "nice"
         os.setpriority(os.PRIO_PROCESS, 0, spawn["nice"])
         step = "descriptors"
@@ -170,7 +193,7 @@ def _become(
         report = _arrange(wanted, report)
         step = "rlimits"
         # After the descriptors: the keeper's own numbers may lie above the child's limit.
-        resource.setrlimit(resource.RLIMIT_NOFILE, nofile)
+        resource.setrlimit(resource.RLIMIT_NOFILE, heritage.nofile)
         for name, pair in spawn["rlimits"].items():
             step = f"rlimits.{name}"
             _limit(getattr(resource, f"RLIMIT_{name.upper()}"), pair)
@@ -189,7 +212,9 @@ def _become(
             env["LISTEN_FDNAMES"] = ":".join(spawn["listeners"])
         step = f"exec {spawn['argv'][0]}"
         if os.read(report, 1) == GO:
-            _reset_signals()
+            for signum in heritage.ignored:
+                signal.signal(signum, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
             _execute(spawn["argv"], env)
     except BaseException as error:  # noqa: BLE001 - whatever it is, a forked child must report and leave
         _tell(report, step, error)
@@ -218,16 +243,6 @@ def _write(path: str, data: bytes) -> None:
         os.write(fd, data)
     finally:
         os.close(fd)
-
-
-def _set_oom_score(score: int | None) -> None:
-    """Set *score*; None means 0 when the keeper protects itself with a negative one, which children must not inherit."""
-    if score is None:
-        with open("/proc/self/oom_score_adj", "rb", buffering=0) as file:
-            if int(file.read()) >= 0:
-                return
-        score = 0
-    _write("/proc/self/oom_score_adj", str(score).encode())
 
 
 def _limit(which: int, pair: Sequence[int]) -> None:
@@ -270,13 +285,6 @@ def _drop_to(uid: int | None, gid: int | None, groups: Sequence[int]) -> None:
         os.setresgid(gid, gid, gid)
     if uid is not None:
         os.setresuid(uid, uid, uid)
-
-
-def _reset_signals() -> None:
-    for signum in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
-        if signal.getsignal(signum) is signal.SIG_IGN:
-            signal.signal(signum, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def _execute(argv: list[str], env: dict[str, str]) -> NoReturn:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 
 from slum.node import keeper_proc as proc
-from slum.node.keeper_child import GO, check_spawn, launch
+from slum.node.keeper_child import GO, Heritage, check_spawn, launch
 from slum.node.keeper_clients import Refused
 from slum.node.keeper_kill import Killer
 from slum.node.keeper_log import Output, unlink_if_there
@@ -43,7 +43,7 @@ class Children:
         fifos: str,
         *,
         boot_id: str,
-        nofile: tuple[int, int],
+        heritage: Heritage,
         sockets: Callable[[Sequence[str]], list[int]],
         tell: Callable[[str, Child], None],
         say: Callable[[str], None],
@@ -54,7 +54,7 @@ class Children:
         self._table = table
         self._fifos = fifos
         self._boot_id = boot_id
-        self._nofile = nofile
+        self._heritage = heritage
         self._sockets = sockets
         self._tell = tell
         self._say = say
@@ -174,7 +174,7 @@ class Children:
             listeners=listeners,
             stdio=stdio,
             fifo=child.output.fifo if child.output else None,
-            nofile=self._nofile,
+            heritage=self._heritage,
         )
         try:
             stat = proc.read_stat(child.pid)
