@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from slum.errors import InvariantError, SlumError
 from slum.model import Level
 from slum.node.limits import detect as detecting
 from slum.node.limits.detect import Hierarchy, base_name, detect, read_hierarchies, try_unified
-from slum.node.limits.groups import Limits, Place, field, settings
+from slum.node.limits.groups import Limits, Place, field, read, settings
 from slum.node.types import Cgroup
 from slum.paths import Home
 
@@ -246,61 +248,94 @@ def test_figures_are_right(yard: Yard, limits: Limits) -> None:
 
 @pytest.mark.root
 def test_figures_of_200_services_are_cheap(limits: Limits) -> None:
+    """Five small files each, and next to nothing beside reading them: under 20 ms where a file takes 8 us."""
     names = [f"cheap-{number}" for number in range(200)]
-    for name in names:
-        limits.prepare(name)
-    took = []
-    for _ in range(5):
-        began = time.thread_time()
-        for name in names:
-            limits.stats(name)
-        took.append(time.thread_time() - began)
-    assert min(took) < 0.020
+    files = [Path(limits.prepare(name).procs_files[0]) for name in names]
+
+    def best(work: Callable[[], object]) -> float:
+        took = []
+        for _ in range(5):
+            began = time.thread_time()
+            work()
+            took.append(time.thread_time() - began)
+        return min(took)
+
+    reading = best(lambda: [read(str(file)) for file in files])
+    assert best(lambda: [limits.stats(name) for name in names]) < 12 * reading
     assert set(limits.list()) == set(names)
 
 
-@pytest.mark.root
-def test_v2_hands_controllers_on_and_moves_its_own_processes_into_a_leaf(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With hugetlb, which this kernel's v2 may have when memory, cpu and pids belong to v1; the rules are the same.
+@pytest.fixture
+def subtree(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, str]]:
+    """A group of v2 for the test alone, and a controller that it may hand on.
 
-    A group that we own and live in stands for a unit with Delegate=yes: its processes block the controller at first.
+    Where v1 has memory, cpu and pids, v2 may still have hugetlb; the rules are the same for all.
     """
-    mounted = [
-        h
-        for h in read_hierarchies(Path("/proc/self/mountinfo").read_text(), Path("/proc/self/cgroup").read_text())
-        if h.unified
-    ]
-    if not mounted:
+    kernel = read_hierarchies(Path("/proc/self/mountinfo").read_text(), Path("/proc/self/cgroup").read_text())
+    mount = next((hierarchy.mount for hierarchy in kernel if hierarchy.unified), None)
+    if mount is None:
         pytest.skip("cgroup v2 is not mounted")
-    mount = mounted[0].mount
     there = set((mount / "cgroup.controllers").read_text().split())
-    wanted = "hugetlb" if "hugetlb" in there else next(iter(there & {"pids", "memory"}), None)
+    wanted = next((name for name in ("hugetlb", "pids") if name in there), None)
     if wanted is None:
         pytest.skip("cgroup v2 has no controller to try this with")
     monkeypatch.setattr(detecting, "WANTED", (wanted,))
     enabled = wanted in (mount / "cgroup.subtree_control").read_text().split()
     (mount / "cgroup.subtree_control").write_text(f"+{wanted}")
-    unit = mount / f"slum-test-{os.getpid()}.service"
-    unit.mkdir()
-    os.setxattr(unit, "user.delegate" if _takes_user_xattr(unit) else "trusted.delegate", b"1")
-    sleeper = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    top = mount / f"slum-test-{os.getpid()}"
+    top.mkdir()
     try:
-        (unit / "cgroup.procs").write_text(str(sleeper.pid))
-        hierarchy = Hierarchy(mount=mount, unified=True, own=f"/{unit.name}")
-        place = try_unified(hierarchy, "slum-x")
-        assert place == Place(base=unit / "slum-x", unified=True, controllers=frozenset({wanted}))
-        assert (unit / "keeper" / "cgroup.procs").read_text().split() == [str(sleeper.pid)]
-        assert (unit / "cgroup.procs").read_text() == ""
-        again = try_unified(Hierarchy(mount=mount, unified=True, own=f"/{unit.name}/keeper"), "slum-x")
-        assert again == place
+        yield top, wanted
     finally:
-        sleeper.kill()
-        sleeper.communicate()
-        for folder in (unit / "slum-x", unit / "keeper", unit):
-            if folder.exists():
-                wait_until(lambda folder=folder: _removed(folder), f"{folder} is empty")
+        for folder in sorted((path for path in top.rglob("*") if path.is_dir()), reverse=True):
+            wait_until(partial(_removed, folder), f"{folder} is empty")
+        wait_until(partial(_removed, top), f"{top} is empty")
         if not enabled:
-            (mount / "cgroup.subtree_control").write_text(f"-{wanted}")
+            with suppress(OSError):  # another test may use it now
+                (mount / "cgroup.subtree_control").write_text(f"-{wanted}")
+
+
+@pytest.mark.root
+@pytest.mark.xdist_group("cgroup2")
+def test_in_a_container_the_root_group_is_emptied_into_a_leaf(subtree: tuple[Path, str]) -> None:
+    """Its processes block every controller, unlike those of the machine's true root; afterwards all works, repeatedly."""
+    top, wanted = subtree
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as sleeper:
+        (top / "cgroup.procs").write_text(str(sleeper.pid))
+        for own in ("/", "/init"):
+            place = try_unified(Hierarchy(mount=top, unified=True, own=own), "slum-x")
+            assert place == Place(base=top / "slum-x", unified=True, controllers=frozenset({wanted}))
+        assert (top / "init" / "cgroup.procs").read_text().split() == [str(sleeper.pid)]
+        assert (top / "cgroup.procs").read_text() == ""
+        sleeper.kill()
+
+
+@pytest.mark.root
+@pytest.mark.xdist_group("cgroup2")
+def test_processes_of_a_group_that_is_not_ours_stay_where_they_are(subtree: tuple[Path, str]) -> None:
+    top, _ = subtree
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as sleeper:
+        (top / "cgroup.procs").write_text(str(sleeper.pid))
+        place = try_unified(Hierarchy(mount=top, unified=True, own="/elsewhere"), "slum-x")
+        assert place.controllers == frozenset()
+        assert (top / "cgroup.procs").read_text().split() == [str(sleeper.pid)]
+        sleeper.kill()
+
+
+@pytest.mark.root
+@pytest.mark.xdist_group("cgroup2")
+def test_a_unit_with_a_leaf_of_its_own_keeps_services_inside(subtree: tuple[Path, str]) -> None:
+    """As systemd makes it with Delegate=yes and DelegateSubgroup=keeper."""
+    top, wanted = subtree
+    unit = top / "slum.service"
+    (unit / "keeper").mkdir(parents=True)
+    (top / "cgroup.subtree_control").write_text(f"+{wanted}")
+    os.setxattr(unit, "user.delegate" if _takes_user_xattr(unit) else "trusted.delegate", b"1")
+    hierarchy = Hierarchy(mount=top, unified=True, own="/slum.service/keeper")
+    assert try_unified(hierarchy, "slum-x") == Place(
+        base=unit / "slum-x", unified=True, controllers=frozenset({wanted})
+    )
+    assert not (top / "slum-x").exists()
 
 
 def _takes_user_xattr(folder: Path) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from slum.model import Key, Level, Service
-from slum.node.keeper_child import GO, check_spawn, launch
+from slum.node.keeper_child import GO, Heritage, check_spawn, launch
 from slum.node.limits.groups import Limits
 from slum.node.runners.registry import runners
 from slum.node.sockets import make_data_folder, make_run_folder
@@ -82,7 +82,8 @@ def start(spawn: Spawn, listeners: Mapping[str, socket.socket] | None = None) ->
     read_end, write_end = os.pipe()
     null = os.open("/dev/null", os.O_RDWR)
     held = [(listeners or {})[name].fileno() for name in spawn.listeners]
-    pid, report = launch(raw, listeners=held, stdio=(null, write_end, write_end), fifo=None, nofile=(1024, 20_000))
+    stdio = (null, write_end, write_end)
+    pid, report = launch(raw, listeners=held, stdio=stdio, fifo=None, heritage=Heritage())
     os.close(write_end)
     os.close(null)
     with report:

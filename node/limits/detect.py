@@ -2,9 +2,9 @@
 
 cgroup v1 (each controller in a hierarchy of its own) and v2 (one for all) are tried alike, together on hybrid machines:
 make a group, set limits, let a process enter, read, remove. Inputs: /proc/self/mountinfo, /proc/self/cgroup and the cgroup
-file systems. In v2 a group either has processes or hands controllers on, so where slum was given a subtree of its own (a
-systemd unit with Delegate=yes, a container) its processes first move into a leaf. Must never move processes of a group that
-was not handed to us, nor leave anything behind but our base folders.
+file systems. In v2 a group either has processes or hands controllers on, so in a container, whose root group has
+processes, these first move into a leaf. Must never move processes of a group that we are not in ourselves, nor leave
+anything behind but our base folders.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from slum.paths import Home
 
 WANTED = (MEMORY, CPU, PIDS)
 LEAF = "keeper"
-"""Where slum's own processes go inside a subtree that was handed to it."""
+"""The unit's DelegateSubgroup, where systemd starts slum's own processes."""
 CONTAINER_LEAF = "init"
+"""Where the processes of a container's root group go, as Docker in Docker does it."""
 MOVE_ROUNDS_MAX = 5
 """Processes may fork while they are being moved."""
 TRIAL_TIMEOUT_S = 5.0
-FIX = "run as root with cgroups writable, or under systemd with Delegate=yes (docs/isolation.md)"
+FIX = "run as root with cgroups writable, or in a systemd unit as docs/isolation.md shows"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,11 +111,10 @@ def try_unified(hierarchy: Hierarchy, name: str) -> Place:
     if handed is None and os.geteuid() != 0:
         raise PermissionError(f"{own} was not handed to this user")
     parent = handed or hierarchy.mount
-    leaf = parent / (LEAF if handed else CONTAINER_LEAF)
     there = set((parent / "cgroup.controllers").read_text().split())
     for controller in (controller for controller in WANTED if controller in there):
         with suppress(OSError):
-            enable(parent, controller, leaf=leaf if parent == own else None)
+            enable(parent, controller, leaf=parent / CONTAINER_LEAF if parent == own else None)
     base = parent / name
     base.mkdir(exist_ok=True)
     given = set((base / "cgroup.controllers").read_text().split()) & set(WANTED)
@@ -131,19 +131,16 @@ def try_unified(hierarchy: Hierarchy, name: str) -> Place:
 def subtree_of(own: Path, mount: Path) -> Path | None:
     """Return the group that was handed to us whole, or None.
 
-    By systemd, which marks a unit with Delegate=yes (when we already moved into its leaf, that is our group's parent); else,
-    without root, the topmost group that our user owns, which is where the user's own systemd begins.
+    By systemd with Delegate=yes and DelegateSubgroup=keeper: without the latter a unit whose group hands controllers on cannot
+    be started again while services live in it. Without root, the topmost group that our user owns, which is where the
+    user's own systemd begins.
     """
-    for folder in (own.parent, own) if own.name == LEAF else (own,):
-        if marked(folder):
-            return folder
+    if own.name == LEAF and marked(own.parent):
+        return own.parent
     if os.geteuid() == 0:
         return None
-    owned = [
-        folder
-        for folder in (own, *own.parents)
-        if folder.is_relative_to(mount) and folder.stat().st_uid == os.geteuid()
-    ]
+    above = [folder for folder in (own, *own.parents) if folder.is_relative_to(mount)]
+    owned = [folder for folder in above if folder.stat().st_uid == os.geteuid()]
     return owned[-1] if owned else None
 
 
