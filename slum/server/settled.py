@@ -93,7 +93,7 @@ def _machine_step(
     if row is None or row.state != "created":
         return replace(step, state="creating", detail=troubles.get(machine, ""))
     if known is None or known.session is None:
-        return replace(step, state="waiting", detail="its agent is not connected")
+        return replace(step, state="waiting", detail="for its agent to connect")
     return replace(step, state="telling its agent")
 
 
