@@ -159,9 +159,12 @@ def _ports_server(facts: RouterFacts) -> Json:
     }
 
 
-def _file(facts: RouterFacts, name: str) -> Json:
-    """Match when there is such a file, the newest of several. The default policy opens files, which sockets refuse."""
-    return {"file": {"root": str(facts.routes), "try_files": [name], "try_policy": "most_recently_modified"}}
+def _file(facts: RouterFacts, pattern: str) -> Json:
+    """Match when a file's name fits *pattern*, which must have a wildcard: such names are looked up without opening them.
+
+    Caddy opens a file to see whether it is there, which sockets refuse; not so with this policy.
+    """
+    return {"file": {"root": str(facts.routes), "try_files": [pattern], "try_policy": "first_exist_fallback"}}
 
 
 def _chosen(match: Json, handler: Json, otherwise: Json) -> Json:
@@ -233,8 +236,8 @@ def _ask_routes(facts: RouterFacts) -> list[Json]:
     yes, no = ({"handler": "static_response", "status_code": status} for status in (200, 403))
     routes: list[Json] = []
     for pattern, name in (
-        (f"({NAME_PATTERN})", "/{http.regexp.asked.1}.sock"),
-        (f"({ID_PATTERN})\\.({NAME_PATTERN})", "/{http.regexp.asked.2}/{http.regexp.asked.1}.sock"),
+        (f"({NAME_PATTERN})", "/{http.regexp.asked.1}.soc[k]"),
+        (f"({ID_PATTERN})\\.({NAME_PATTERN})", "/{http.regexp.asked.2}/{http.regexp.asked.1}.soc[k]"),
     ):
         asked = {"name": "asked", "pattern": f"^{pattern}\\.{_ending(facts)}$"}
         match = {"vars_regexp": {"{http.request.uri.query.domain}": asked}}

@@ -25,7 +25,7 @@ import msgspec
 from slum.errors import ConfigError, SlumError
 from slum.frozen import Frozen
 from slum.node.caddyconfig import Issuer, Json, RouterFacts, caddy_config, is_public
-from slum.node.keeperclient import Child, KeeperClient, KeeperError
+from slum.node.keeperclient import KeeperClient, KeeperError
 from slum.node.routes import ports_socket
 from slum.node.runners.namespace import find_bwrap, system_mounts
 from slum.node.types import Log, OpenFile, Respawn, Signalling, Spawn
@@ -86,8 +86,7 @@ async def ensure(keeper: KeeperClient, home: Home, wanted: Wanted) -> tuple[str,
     spawn = router_spawn(home, addresses, config, folders)
     running = next((child for child in await keeper.list_children() if child.name == NAME), None)
     if running is None or not running.running or running.meta.get("made_of") != spawn.meta["made_of"]:
-        if running is not None:
-            await _end(keeper, running)
+        await end(keeper)
         _write(config_file(home), config)
         await keeper.spawn(spawn)
         await _answering(home)
@@ -100,12 +99,23 @@ async def ensure(keeper: KeeperClient, home: Home, wanted: Wanted) -> tuple[str,
 
 async def stop(keeper: KeeperClient) -> None:
     """End the router and close its listeners; nothing to stop is fine."""
-    for child in await keeper.list_children():
-        if child.name == NAME:
-            await _end(keeper, child)
+    await end(keeper)
     for listener in await keeper.listeners():
         if listener.name.startswith(f"{NAME}/"):
             await keeper.close_listener(listener.name)
+
+
+async def end(keeper: KeeperClient) -> None:
+    """End the router: TERM lets requests in flight finish, for STOP_S; connections wait. Nothing to end is fine."""
+    if not any(child.name == NAME for child in await keeper.list_children()):
+        return
+    await keeper.stop_respawn(NAME)
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        if await _exited(keeper, signum):
+            break
+    else:
+        raise SlumError("the router does not end, not even by SIGKILL")
+    await keeper.forget(NAME)
 
 
 def make_folders(home: Home) -> None:
@@ -220,17 +230,6 @@ async def _answering(home: Home) -> None:
             f"the router does not start: {str(error) or f'no answer in {START_S:.0f} s'}",
             hint=f"its log is {home.own_log(NAME)}",
         ) from error
-
-
-async def _end(keeper: KeeperClient, child: Child) -> None:
-    """End the router: TERM lets requests in flight finish, for STOP_S; the record is forgotten."""
-    await keeper.stop_respawn(NAME)
-    for signum in (signal.SIGTERM, signal.SIGKILL):
-        if await _exited(keeper, signum):
-            break
-    else:
-        raise SlumError(f"the router (pid {child.pid}) does not end")
-    await keeper.forget(NAME)
 
 
 async def _exited(keeper: KeeperClient, signum: signal.Signals) -> bool:

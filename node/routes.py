@@ -3,7 +3,7 @@
 <run>/r/SERVICE.sock leads to the service's first instance, <run>/r/SERVICE/ID.sock to each. A link is made under another
 name and renamed, so at any moment a request finds the old target or the new one, never nothing. Of an instance that
 listens on a port the link leads to the router's own second stop, and NAME.port/ beside it holds one file named after the
-port. The folders belong to slum, are passable by the router's group and by nobody else, and unwritable to all but slum.
+port. The folders belong to slum, are readable by the router's group and by nobody else, and unwritable to all but slum.
 A target lies where a service can write: whether it is that service's own socket is to be proven before publishing
 (sockets.open_socket), and what the router's uid could reach by a link planted later is bounded by its permissions. Never
 opens a socket.
@@ -128,22 +128,23 @@ class Routes:
                     yield folder / name, stem if own else folder.name, None if own else stem
 
 
-def _make_folder(folder: Path, mode: int = 0o710) -> None:
-    """Make *folder* as the router needs it: as root passable by the router's group, else private."""
+def _make_folder(folder: Path) -> None:
+    """Make *folder* as the router needs it: as root readable by the router's group, else private."""
     root = os.geteuid() == 0
+    mode = 0o750 if root else 0o700
     try:
-        if stat.S_IMODE(folder.stat().st_mode) == (mode if root else 0o700):
+        if stat.S_IMODE(folder.stat().st_mode) == mode:
             return
     except FileNotFoundError:
         folder.mkdir(mode=0o700)
     if root:
         os.chown(folder, 0, ROUTER_UID)
-    folder.chmod(mode if root else 0o700)
+    folder.chmod(mode)
 
 
 def _name_port(folder: Path, port: int) -> None:
     """Make *folder* hold one file, named *port*; for a moment beside the former one."""
-    _make_folder(folder, 0o750)
+    _make_folder(folder)
     (folder / str(port)).touch()
     for name in os.listdir(folder):
         if name != str(port):

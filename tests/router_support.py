@@ -87,12 +87,12 @@ class Answer:
     body: str
 
 
-async def request(port: int, host: str, path: str = "/", headers: str = "", *, method: str = "GET") -> Answer:
+async def request(port: int, host: str, path: str = "/", headers: str = "", *, ip: str = "127.0.0.1") -> Answer:
     """Do one HTTP/1.1 request on a connection of its own."""
     async with asyncio.timeout(DEADLINE_S):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        reader, writer = await asyncio.open_connection(ip, port)
         try:
-            writer.write(f"{method} {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n{headers}\r\n".encode())
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n{headers}\r\n".encode())
             return parse(await reader.read())
         finally:
             writer.close()

@@ -326,6 +326,48 @@ async def test_the_router_has_a_uid_of_its_own_and_cannot_reach_what_is_slums(he
 
 
 @pytest.mark.root
+async def test_a_wall_keeps_planted_links_from_sockets_that_are_no_routes() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to be another user than the wall's owner")
+    async with kept_home() as (home, keeper):
+        routes, folder = Routes(home), home.services / "own"
+        folder.mkdir(parents=True, mode=0o711)
+        own, elsewhere = (
+            Service(name="own", path=folder / "s.sock"),
+            Service(name="elsewhere", path=home.run / "x.sock"),
+        )
+        inside = Service(name="web", path=home.run / "i/web.sock")
+        for service in (own, elsewhere, inside):
+            assert service.path is not None
+            routes.publish(service.name, "main", service.path, first=True)
+        (home.run / "i/planted.sock").symlink_to(home.run / "x.sock")
+        routes.publish("planted", "main", home.run / "i/planted.sock", first=True)
+        address = f"{loopback()}:8080"
+        wanted = Wanted(listen=(address,), domain="localhost")
+        await router.ensure(keeper, home, wanted)
+        async with serving(own), serving(elsewhere), serving(inside):
+            # Not root in all but name: the wall is what slum puts up when it shares the router's uid.
+            assert await _bodies(address) == {"web": "web", "own": "own", "planted": "elsewhere"}
+            config = caddy_config(router.router_facts(home, wanted, (address,)))
+            walled = router.router_spawn(home, (address,), config, folders=(folder,))
+            await router.end(keeper)
+            await keeper.spawn(walled)
+            assert await _bodies(address) == {"web": "web", "own": "own", "planted": None}
+            pid = (await keeper.list_children())[0].pid
+            await keeper.signal(router.NAME, signal.SIGKILL)
+            await until(lambda: not os.path.exists(f"/proc/{pid}"))
+            assert await _bodies(address) == {"web": "web", "own": "own", "planted": None}
+
+
+async def _bodies(address: str) -> dict[str, str | None]:
+    found = {}
+    for name in ("web", "own", "planted"):
+        answer = await request(8080, f"{name}.localhost", ip=address.partition(":")[0])
+        found[name] = answer.body if answer.status == 200 else None
+    return found
+
+
+@pytest.mark.root
 async def test_public_names_get_certificates_only_once_published() -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root, to listen on port 443")

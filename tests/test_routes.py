@@ -153,4 +153,4 @@ def test_the_router_may_pass_and_nobody_else(home: Home, routes: Routes) -> None
     routes.publish("web", "main", Path("/s/main"), first=True)
     for folder in (home.routes, home.routes / "web"):
         status = folder.stat()
-        assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (0, ROUTER_UID, 0o710)
+        assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (0, ROUTER_UID, 0o750)
