@@ -127,12 +127,10 @@ listen = ["127.0.0.1:{self.port}"]
     def children(self) -> dict[str, dict[str, Any]]:
         """The keeper's table, read from its files, by child name; the keeper may be dead."""
         table = {}
-        for file in (self.run / "p" / "k").glob("*.json"):
+        for file in (self.run / "p" / "k").glob("c.*"):
             with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
                 row = json.loads(file.read_text())
-                row = row.get("child", row)
-                if "pid" in row:
-                    table[row["name"]] = row
+                table[row["spawn"]["name"]] = row
         return table
 
     def pid(self, name: str) -> int:

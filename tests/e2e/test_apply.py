@@ -60,7 +60,7 @@ def test_plan_says_what_would_change_and_exits_10(site: Site) -> None:
     assert "v1" in ran.out
     document = site.slum("plan", "--json", check=False)
     assert document.code == 10
-    assert document.json["summary"]["change"] == 1
+    assert document.json["summary"]["services"]["change"] == 1
     assert site.get("web")[1].startswith("v1")
 
 
