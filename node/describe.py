@@ -8,7 +8,7 @@ logged or stored. Starts nothing.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from slum.errors import ConfigError, SlumError
@@ -37,6 +37,11 @@ class Describer:
 
     def uid(self, service: str) -> int | None:
         return self.uids.uid_of(service) if self.uids else None
+
+    def give_uids(self, services: Iterable[str]) -> None:
+        """Have a uid for each of *services*, with one write for all."""
+        if self.uids is not None:
+            self.uids.give(services)
 
     def data_folder(self, key: Key, settings: Settings) -> Path:
         base = Path(settings.data_dir) if settings.data_dir else self.home.services

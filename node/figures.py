@@ -12,7 +12,7 @@ from slum.model import Key, Level, Listen, Stamp
 from slum.node.describe import cgroup_name
 from slum.node.limits.groups import Limits
 from slum.node.observed import Starting
-from slum.node.roster import Roster
+from slum.node.roster import Entry, Roster
 from slum.node.router import access_log
 from slum.node.store import Identity
 from slum.node.traffic import RequestCounter
@@ -20,6 +20,8 @@ from slum.node.types import Available, Unavailable
 from slum.paths import Home
 from slum.wire import PROTOCOL, Heartbeat, Hello, InstanceStats, LevelStatus
 
+STATS_A_BEAT = 50
+"""So many instances are measured each time, in turn: reading their cgroups is what a heartbeat costs."""
 CPU_STEP_S = 0.01
 MEMORY_STEP = 0.02
 
@@ -32,6 +34,7 @@ class Figures:
         self._limits = limits
         self._counter = RequestCounter(access_log(home))
         self._requests: dict[Key, int] = {}
+        self._turn = 0
 
     def close(self) -> None:
         self._counter.close()
@@ -40,7 +43,7 @@ class Figures:
         """Return the machine's figures, and those of instances that moved since the last call."""
         self._count_requests()
         moved = []
-        for key, entry in self._roster.entries.items():
+        for key, entry in self._next():
             stats = self._stats(key)
             if stats is not None and _moved(entry.stats, stats):
                 entry.stats = stats
@@ -52,6 +55,12 @@ class Figures:
             rss_bytes=rss_bytes(),
             stats=tuple(moved),
         )
+
+    def _next(self) -> list[tuple[Key, Entry]]:
+        entries = list(self._roster.entries.items())
+        begin = self._turn if self._turn < len(entries) else 0
+        self._turn = begin + STATS_A_BEAT
+        return entries[begin : self._turn]
 
     def _stats(self, key: Key) -> InstanceStats | None:
         seen = self._roster.seen(key)

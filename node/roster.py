@@ -79,8 +79,8 @@ class Roster:
         return self.desired.settings if self.desired else Settings()
 
     # --- what comes in ------------------------------------------------------------------------------------------------
-    def remember(self, *, rebooted: bool) -> list[str]:
-        """Take up what the store kept; return the names of files that cannot be read."""
+    def remember(self, *, rebooted: bool) -> int:
+        """Take up what the store kept; return how many lines of it cannot be read."""
         memories, bad = self._store.memories()
         kept = self._store.desired()
         policies = {service.name: service.restart for service in kept.services} if kept else {}

@@ -1,14 +1,16 @@
 """What the agent keeps on its disk: the newest desired config, and of each instance what a new agent must know.
 
 Files in Home.agent (0700): desired.json, written atomically and fsynced, so that a reboot without a control plane restores
-the services; instances/<short key>.json with the generation counter, past exits, what was given up and what was last healthy,
-written atomically before a start but not fsynced (a lost one costs some history, never a double start, since the keeper's
-table is lost with it). A marker in the run folder tells a new agent from a reboot. Never holds the value of a secret.
+the services; instances.jsonl, to which a line is appended for each change of an instance (generation counter, past exits,
+what was given up, what was last healthy), the last one of an instance counting. It is on its way to the disk before a start,
+but not fsynced: losing its end costs some history, never a double start, since the keeper's table is lost with it. A
+marker in the run folder tells a new agent from a reboot. Never holds the value of a secret.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,8 +19,11 @@ import msgspec
 from slum.frozen import Frozen, Sparse
 from slum.model import Key, Service
 from slum.node.observed import Good, Mark, Observed, Past, Target
-from slum.paths import Home, short_key
+from slum.paths import Home
 from slum.wire import Desired
+
+LOG_BYTES_MAX = 8 << 20
+"""The log of instances is written anew when it is larger, and at each start."""
 
 
 class Identity(Frozen):
@@ -41,6 +46,8 @@ class Memory(Sparse):
     good: Good | None = None
     restarts: int = 0
     services: dict[str, Service] = {}
+    forgotten: bool = False
+    """Nothing is left of it."""
 
 
 class Store:
@@ -48,10 +55,11 @@ class Store:
 
     def __init__(self, home: Home) -> None:
         self._home = home
-        self._instances = home.agent / "instances"
+        self._instances = home.agent / "instances.jsonl"
         self._marker = home.private / "agent.up"
         self._saved: dict[Key, Memory] = {}
-        self._instances.mkdir(parents=True, mode=0o700, exist_ok=True)
+        self._log = -1
+        self._log_bytes = 0
 
     def first_since_boot(self) -> bool:
         """Tell whether the run folder is new, that is: after a reboot. True once."""
@@ -78,29 +86,36 @@ class Store:
         """Have *desired* on disk before returning."""
         write_atomically(self._home.agent / "desired.json", msgspec.json.encode(desired), sync=True)
 
-    def memories(self) -> tuple[list[Memory], list[str]]:
-        """Return all instances that were kept, and the names of files that cannot be read."""
-        good, bad = [], []
-        for file in sorted(self._instances.glob("*.json")):
-            try:
-                memory = msgspec.json.decode(file.read_bytes(), type=Memory)
-            except msgspec.DecodeError:
-                bad.append(file.name)
-                continue
-            self._saved[memory.key] = memory
-            good.append(memory)
-        return good, bad
+    def memories(self) -> tuple[list[Memory], int]:
+        """Return all instances that were kept, and how many lines of the log could not be read. Call once, first."""
+        bad = 0
+        with suppress(FileNotFoundError):
+            for line in self._instances.read_bytes().splitlines():
+                try:
+                    memory = msgspec.json.decode(line, type=Memory)
+                except msgspec.DecodeError:
+                    bad += 1
+                    continue
+                self._saved[memory.key] = memory
+        self._saved = {key: memory for key, memory in self._saved.items() if not memory.forgotten}
+        self._rewrite()
+        return list(self._saved.values()), bad
 
     def save(self, seen: Observed) -> None:
         """Keep what must outlive this agent, when it changed."""
         memory = memory_of(seen)
         if self._saved.get(seen.key) != memory:
-            write_atomically(self._file(seen.key), msgspec.json.encode(memory), sync=False)
             self._saved[seen.key] = memory
+            self._append(memory)
 
     def forget(self, key: Key) -> None:
-        self._saved.pop(key, None)
-        self._file(key).unlink(missing_ok=True)
+        if self._saved.pop(key, None) is not None:
+            self._append(Memory(key=key, forgotten=True))
+
+    def close(self) -> None:
+        if self._log >= 0:
+            os.close(self._log)
+            self._log = -1
 
     def service(self, key: Key, release: str) -> Service | None:
         """Return the definition of a release that ran here, as it was kept."""
@@ -117,8 +132,25 @@ class Store:
         data = msgspec.json.encode(sorted(releases))
         write_atomically(self._home.agent / "pre_deployed.json", data, sync=True)
 
-    def _file(self, key: Key) -> Path:
-        return self._instances / f"{short_key(str(key))}.json"
+    def _append(self, memory: Memory) -> None:
+        line = msgspec.json.encode(memory) + b"\n"
+        if self._log < 0 or self._log_bytes + len(line) > LOG_BYTES_MAX:
+            self._rewrite()
+            return
+        os.write(self._log, line)
+        self._log_bytes += len(line)
+
+    def _rewrite(self) -> None:
+        """Write the log anew with one line an instance, and keep it open for more."""
+        self.close()
+        data = _lines(self._saved.values())
+        write_atomically(self._instances, data, sync=False)
+        self._log = os.open(self._instances, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        self._log_bytes = len(data)
+
+
+def _lines(memories: Iterable[Memory]) -> bytes:
+    return b"".join(msgspec.json.encode(memory) + b"\n" for memory in memories)
 
 
 def memory_of(seen: Observed) -> Memory:

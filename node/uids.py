@@ -8,6 +8,7 @@ is root; must never give out two services' names the same uid, nor one outside o
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -37,15 +38,22 @@ class Uids:
     def uid_of(self, service: str) -> int:
         """Return *service*'s uid; the first time, take the lowest free one and have it on disk before returning."""
         if service not in self._table:
-            taken = set(self._table.values())
-            uid = next((uid for uid in range(UID_FIRST, UID_LAST + 1) if uid not in taken), None)
-            if uid is None:
-                raise SlumError(
-                    f"all {len(taken)} uids from {UID_FIRST} to {UID_LAST} are in use",
-                    hint="remove the data of services that are gone",
-                )
-            self._write(self._table | {service: uid})
+            self.give((service,))
         return self._table[service]
+
+    def give(self, services: Iterable[str]) -> None:
+        """As ``uid_of`` for each of *services*, with one write to the disk for all."""
+        missing = [service for service in dict.fromkeys(services) if service not in self._table]
+        if not missing:
+            return
+        taken = set(self._table.values())
+        free = [uid for uid in range(UID_FIRST, UID_LAST + 1) if uid not in taken][: len(missing)]
+        if len(free) < len(missing):
+            raise SlumError(
+                f"all {len(taken)} uids from {UID_FIRST} to {UID_LAST} are in use",
+                hint="remove the data of services that are gone",
+            )
+        self._write(self._table | dict(zip(missing, free, strict=True)))
 
     def free(self, service: str) -> None:
         """Give *service*'s uid back; only once nothing on disk belongs to it. Unknown names are fine."""

@@ -43,7 +43,7 @@ class Watch:
         self._clock = clock
         self._group = group
         self._due: list[tuple[float, Key, int]] = []
-        self._watched: set[tuple[Key, int]] = set()
+        self._watched: dict[tuple[Key, int], Door] = {}
         self._wake = asyncio.Event()
         self._slots = asyncio.Semaphore(PROBES_MAX)
         self._drains: dict[tuple[Key, int], float] = {}
@@ -57,10 +57,10 @@ class Watch:
         if generation is None or (key, number) in self._watched:
             return
         if isinstance(generation.stage, Starting):
-            self._watched.add((key, number))
+            self._watched[key, number] = self._door(key, generation)
             self._group.create_task(self._start_up(key, number), name=f"start-up {key} {number}")
         elif isinstance(generation.stage, Ready) and generation.service.listen is not Listen.NONE:
-            self._watched.add((key, number))
+            self._watched[key, number] = self._door(key, generation)
             interval_s = self._roster.settings.health_check_interval_s
             self._schedule(key, number, random.uniform(0, min(interval_s, 5.0)))
 
@@ -109,12 +109,12 @@ class Watch:
                     continue
                 answer = Answer(ok=True, text="")
             else:
-                answer = await self._ask(key, generation, generation.service.startup_timeout_s)
+                answer = await self._ask(key, number, generation.service.startup_timeout_s)
             if self._fold(key, number, answer):
                 return
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * STARTUP_GROWTH, STARTUP_PAUSE_S_MAX)
-        self._watched.discard((key, number))
+        self._watched.pop((key, number), None)
 
     def _starting(self, key: Key, number: int) -> Generation | None:
         generation = self._roster.seen(key).generation(number)
@@ -123,23 +123,26 @@ class Watch:
     async def _check(self, key: Key, number: int) -> None:
         generation = self._roster.seen(key).generation(number)
         if generation is None or not isinstance(generation.stage, Ready):
-            self._watched.discard((key, number))
+            self._watched.pop((key, number), None)
             return
         async with self._slots:
             interval_s = self._roster.settings.health_check_interval_s
-            answer = await self._ask(key, generation, min(PROBE_S, max(1.0, interval_s)))
+            answer = await self._ask(key, number, min(PROBE_S, max(1.0, interval_s)))
         if not self._fold(key, number, answer):
-            self._watched.discard((key, number))
+            self._watched.pop((key, number), None)
 
-    async def _ask(self, key: Key, generation: Generation, timeout_s: float) -> Answer:
+    async def _ask(self, key: Key, number: int, timeout_s: float) -> Answer:
+        return await ask(self._watched[key, number], timeout_s)
+
+    def _door(self, key: Key, generation: Generation) -> Door:
         service, settings = generation.service, self._roster.settings
         domain = self._roster.desired.domain if self._roster.desired else "localhost"
         host = host_name(service.name, None, domain)
         if service.listen is Listen.PORT:
-            return await ask(Door(port=service.port, health=service.health, host=host), timeout_s)
+            return Door(port=service.port, health=service.health, host=host)
         path = self._describer.socket_path(key, service, generation.socket, settings)
         uid = self._describer.uid(service.name)
-        door = Door(
+        return Door(
             path=path,
             base=self._describer.trusted_base(key, path, settings),
             bound=self._hands.bound.get((key, generation.socket), ""),
@@ -148,7 +151,6 @@ class Watch:
             health=service.health,
             host=host,
         )
-        return await ask(door, timeout_s)
 
     def _fold(self, key: Key, number: int, answer: Answer) -> bool:
         """Fold *answer* into the roster; return whether the generation is to be asked again by the heap."""
