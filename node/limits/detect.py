@@ -54,13 +54,14 @@ def detect(home: Home, *, name: str | None = None) -> Limits:
         try:
             places.append(try_unified(hierarchy, name) if hierarchy.unified else try_v1(hierarchy, name))
         except (OSError, subprocess.SubprocessError) as error:
-            failures.append(f"{hierarchy.mount}: {error}")
+            denied = isinstance(error, PermissionError)
+            failures.append("this user may not make cgroups" if denied else f"{hierarchy.mount}: {error}")
     works = {controller for place in places for controller in place.controllers}
     lacking = [controller for controller in WANTED if controller not in works]
-    why = f"no {', '.join(lacking)} controller could be used" if lacking else ""
+    why = f"no {', '.join(lacking)} controller can be used" if lacking else ""
     if not hierarchies:
         why = "no cgroup file system is mounted"
-    return Limits(tuple(places), why="; ".join((why, *failures)) if why else "", fix=FIX if why else "")
+    return Limits(tuple(places), why="; ".join((why, *dict.fromkeys(failures))) if why else "", fix=FIX if why else "")
 
 
 def base_name(home: Home) -> str:

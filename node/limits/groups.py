@@ -82,7 +82,7 @@ class Limits:
         asked = {MEMORY: memory_mb, CPU: cpu_shares, PIDS: pids}
         refused = [what for what, value in asked.items() if value is not None and what not in self.controllers]
         if refused:
-            raise SlumError(f"limits on {', '.join(refused)} do not work here: {self.why}", hint=self.fix)
+            raise SlumError(f"limits on {', '.join(refused)} are asked for, but {self.why}", hint=self.fix)
         if not self._places:
             return Cgroup(name="", procs_files=())
         folders = [place.base / checked(name) for place in self._places]
