@@ -178,6 +178,7 @@ def _become(
     try:
         gc.disable()
         signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         _close_but({report, *listeners, *stdio})
         os.setsid()
         step = "cgroup"

@@ -210,6 +210,8 @@ class Children:
         self._by_pid.pop(child.pid, None)
         if child.spawn["respawn"] and done is None:
             self._say(f"cannot start {refused.why}")
+            if child.output is not None:
+                child.output.note(f"cannot start {refused.why}")
             self._exited(child, 127)
             return
         self._drop(child)

@@ -211,7 +211,13 @@ async def test_kill_takes_the_whole_group_and_tree_reaches_everybody(rig: Rig) -
     await client.signal("k", signal.SIGKILL)
     assert (await exited(client, "k")).status == -signal.SIGKILL
     await holds(lambda: not alive(below))
-    await client.spawn(shell(rig, "t", "(trap 'echo below; exit' USR1; while :; do sleep 0.02; done) & wait; wait"))
+    await client.spawn(
+        shell(
+            rig,
+            "t",
+            "(trap 'echo below; exit' USR1; while :; do sleep 0.02; done) & while :; do wait; sleep 0.02; done",
+        )
+    )
     pid = (await child_of(client, "t") or child).pid
     await holds(lambda: bool(children_of(pid)) and catches(children_of(pid)[0], signal.SIGUSR1))
     await client.signal("t", signal.SIGUSR1, tree=True)
