@@ -166,7 +166,6 @@ def test_a_crash_is_restarted_and_requests_wait_at_a_kept_listener(site: Site) -
 
 
 def test_unhealthy_is_restarted(site: Site) -> None:
-    sick = site.folder / "sick"
     services = echo(env='SICK = "{data_dir}/sick"')
     site.apply(services, settings="health_check_interval = 0.2\nbackoff_base_ms = 10")
     sick = next((site.data / "services" / "web").rglob("main")) / "sick"

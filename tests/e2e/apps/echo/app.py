@@ -16,10 +16,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         path, _, query = self.path.partition("?")
         if path == "/healthz":
-            return self.answer(
-                500 if os.path.exists("sick") or os.path.exists(os.environ.get("SICK", "/nonexistent")) else 200,
-                "health\n",
-            )
+            sick = "SICK" in os.environ and os.path.exists(os.environ["SICK"])
+            return self.answer(500 if sick else 200, "health\n")
         if path == "/crash":
             os._exit(3)
         if path == "/slow":
