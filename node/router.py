@@ -36,8 +36,8 @@ NAME = "router"
 FIRST_FD = 3
 START_S = 15.0
 STOP_S = 5.0
-TUNING = {"GOGC": "200"}
-"""Half as many garbage collections for some 12 MB more at full load: a tenth more requests/s."""
+TUNING = {"GOGC": "300"}
+"""A third of the garbage collections, for up to 20 MB more at full load: it pays for the access log and the request ids."""
 
 
 class Wanted(Frozen):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -306,6 +307,48 @@ async def test_requests_are_counted_by_service(here: Site) -> None:
     await until(all_counted)
     counter.close()
     assert counts == {("web", None): 2, ("web", "main"): 1}
+
+
+async def test_what_the_log_leaves_out_is_counted_by_its_weight(here: Site) -> None:
+    counter = RequestCounter(router.access_log(here.home))
+    counter.read("localhost", {})
+    async with serving(web(here)):
+        here.routes.publish("web", "main", here.home.run / "i/web.sock", first=True)
+        for _ in range(20):
+            answers = await asyncio.gather(*(here.get("web.localhost") for _ in range(60)))
+            assert {answer.status for answer in answers} == {200}
+    counted = 0
+
+    def close_enough() -> bool:
+        nonlocal counted
+        counted += counter.read("localhost", {"web": ("main",)}).get(("web", None), 0)
+        return counted > 900
+
+    await until(close_enough)
+    counter.close()
+    assert counted <= 1300
+    assert router.access_log(here.home).read_bytes().count(b"\n") < 1200
+
+
+def test_counting_goes_on_across_a_rotation(tmp_path: Path) -> None:
+    log = tmp_path / "access.log"
+
+    def write(*hosts: str) -> None:
+        with log.open("a") as file:
+            for host in hosts:
+                entry = {"level": "info", "ts": 1000.5, "request": {"host": host}}
+                file.write(f"{json.dumps(entry)}\n")
+
+    write("before.localhost")
+    counter = RequestCounter(log)
+    known = {"web": ("main",), "before": ()}
+    assert counter.read("localhost", known) == {}
+    write("web.localhost", "Main.Web.localhost:8080")
+    log.rename(tmp_path / "rotated")
+    write("web.localhost", "other.web.localhost", "web.elsewhere")
+    assert counter.read("localhost", known) == {("web", None): 2, ("web", "main"): 1}
+    assert counter.read("localhost", known) == {}
+    counter.close()
 
 
 @pytest.mark.root
