@@ -90,7 +90,8 @@ def check_spawn(raw: object) -> dict[str, Any]:
     _require(free, f"open_files: each fd must be another number from {first} (after the listeners) to {FD_MAX}")
     if spawn["log"] is not None:
         spawn["log"] = _shaped(spawn["log"], _LOG, "log")
-        _require(spawn["log"]["path"].startswith("/"), "log.path is not absolute")
+        path = os.fsencode(spawn["log"]["path"])
+        _require(path.startswith(b"/") and b"\0" not in path, "log.path is not an absolute path")
         _require(min(each for each in spawn["log"].values() if isinstance(each, int)) >= 0, "log: a negative number")
         _require(spawn["log"]["keep"] <= 100, "log.keep is over 100")
     if spawn["respawn"] is not None:

@@ -74,6 +74,7 @@ class Client:
         if not self.closed:
             self.closed = True
             self._pending.clear()
+            self._pending_bytes = 0
             self._loop.unwatch(self._sock.fileno())
             self._sock.close()
             self._door.clients.discard(self)

@@ -82,6 +82,8 @@ async def test_junk_is_answered_and_forgotten(rig: Rig) -> None:
         b'{"id": 1, "op": "spawn", "spawn": {"name": "x", "argv": ["/bin/true"], "env": {}, "uid": '
         + b"9" * 30
         + b"}}",
+        b'{"id": 1, "op": "spawn", "spawn": {"name": "x", "argv": ["a"], "env": {}, "log": {"path": "/\\u0000"}}}',
+        b'{"id": 1, "op": "spawn", "spawn": {"name": "x", "argv": ["a"], "env": {}, "log": {"path": "/\\ud800"}}}',
         b'{"id": 1, "op": "listen", "name": "x", "path": "' + b"/x" * 200 + b'"}',
         b'{"id": 1, "op": "listen", "name": "x", "path": "/gone/x.sock"}',
         b'{"id": 1, "op": "listen", "name": "x", "tcp": "localhost:80"}',
@@ -90,6 +92,7 @@ async def test_junk_is_answered_and_forgotten(rig: Rig) -> None:
         b'{"id": 1, "op": "shutdown", "names": [], "grace_s": NaN}',
         b"x" * (200 << 10),
     ]
+    fds = (await client.stats()).fds
     with opened(rig.home) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         for packet in junk:
@@ -100,6 +103,7 @@ async def test_junk_is_answered_and_forgotten(rig: Rig) -> None:
     assert (await client.hello()).pid == rig.pid
     assert await client.list_children() == ()
     assert await client.listeners() == ()
+    await holds(lambda: call(rig.home, "stats")["fds"] == fds + 1)
     assert "a bug" not in rig.said
 
 
