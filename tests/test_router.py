@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import ssl
+import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from router_support import DEADLINE_S, Service, Site, kept_home, loopback, parse, request, serving, site, until
+from router_support import DEADLINE_S, Answer, Service, Site, kept_home, loopback, parse, request, serving, site, until
 
 from slum.errors import ConfigError
 from slum.node import router
@@ -71,6 +73,30 @@ async def test_missing_stale_and_refusing_sockets_are_a_clear_503(here: Site) ->
         answer = await here.get(host)
         assert (answer.status, answer.body) == (503, f"slum: {host} has no instance that answers\n")
         assert answer.headers["retry-after"] == "1"
+
+
+async def test_a_backlog_that_stays_full_is_a_503_of_its_own(here: Site) -> None:
+    path = here.home.run / "i/full.sock"
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as waiting:
+        listener.bind(str(path))
+        listener.listen(0)
+        path.chmod(0o666)
+        waiting.connect(str(path))
+        here.routes.publish("full", "main", path, first=True)
+        answer = await here.get("full.localhost")
+    assert (answer.status, answer.body) == (503, "slum: full.localhost has more requests than it takes\n")
+
+
+async def test_http2_passes_without_tls(here: Site) -> None:
+    curl = shutil.which("curl")
+    if curl is None:
+        pytest.skip("curl is not installed")
+    async with serving(web(here)):
+        here.routes.publish("web", "main", here.home.run / "i/web.sock", first=True)
+        argv = [curl, "-si", "--http2-prior-knowledge", "-H", "Host: web.localhost", f"http://127.0.0.1:{here.port}/"]
+        said = await asyncio.to_thread(subprocess.run, argv, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert said.stdout.startswith("HTTP/2 200")
+    assert said.stdout.endswith("web")
 
 
 async def test_a_request_waits_for_a_service_that_is_just_restarting(here: Site) -> None:
@@ -200,7 +226,8 @@ async def test_connections_wait_for_the_next_router_when_one_is_killed(here: Sit
     assert after.pid != before.pid
 
 
-async def _patient(here: Site):  # type: ignore[no-untyped-def]  # the Answer, once the dying router's last accept is over
+async def _patient(here: Site) -> Answer:
+    """Ask until there is an answer: what the dying router had accepted ends without one."""
     while True:
         try:
             return await here.get("web.localhost")
@@ -389,7 +416,7 @@ async def test_a_wall_keeps_planted_links_from_sockets_that_are_no_routes() -> N
         wanted = Wanted(listen=(address,), domain="localhost")
         await router.ensure(keeper, home, wanted)
         async with serving(own), serving(elsewhere), serving(inside):
-            # Not root in all but name: the wall is what slum puts up when it shares the router's uid.
+            # Without a wall a uid alone decides, and it may connect to all of these.
             assert await _bodies(address) == {"web": "web", "own": "own", "planted": "elsewhere"}
             config = caddy_config(router.router_facts(home, wanted, (address,)))
             walled = router.router_spawn(home, (address,), config, folders=(folder,))
