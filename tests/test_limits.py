@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from walls_support import PYTHON, Yard, open_limits, open_yard, wait_until
+from walls_support import PYTHON, Yard, open_limits, open_yard, some_uid, wait_until
 
 from slum.errors import InvariantError, SlumError
 from slum.model import Level
@@ -22,7 +22,7 @@ from slum.node.limits.groups import Limits, Place, field, read, settings
 from slum.node.types import Cgroup
 from slum.paths import Home
 
-UID = 200_003
+UID = some_uid()
 
 HYBRID_MOUNTS = """\
 24 1 254:0 / / rw,relatime - ext4 /dev/vda rw

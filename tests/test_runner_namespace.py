@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from walls_support import PYTHON, Yard, open_yard
+from walls_support import PYTHON, Yard, open_yard, some_uid
 
 from slum.errors import SlumError
 from slum.model import Level
@@ -24,7 +24,7 @@ from slum.node.runners.etc import Etc
 from slum.node.runners.namespace import NamespaceRunner, Way, find_bwrap, folder_mounts, judge, try_wall
 from slum.node.types import Available, Unavailable
 
-UID = 200_001
+UID = some_uid()
 
 
 @pytest.fixture

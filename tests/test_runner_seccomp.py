@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from walls_support import PYTHON, Yard, open_yard
+from walls_support import PYTHON, Yard, open_yard, some_uid
 
 from slum.errors import SlumError
 from slum.model import Level
 from slum.node import seccomp
 
-UID = 200_001
+UID = some_uid()
 
 
 @pytest.fixture

@@ -30,6 +30,11 @@ PYTHON = "/usr/bin/python3"
 DEADLINE_S = 20.0
 
 
+def some_uid() -> int:
+    """A uid that services may have and hardly any does: tests signal all processes of theirs."""
+    return 230_000 + secrets.randbelow(35_000)
+
+
 def wait_until(condition: Callable[[], object], what: str, timeout_s: float = DEADLINE_S) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from walls_support import PYTHON, Yard, descendants, open_limits, open_yard, wait_until
+from walls_support import PYTHON, Yard, descendants, open_limits, open_yard, some_uid, wait_until
 
 from slum.model import Level
 from slum.node.runners.registry import probe_levels, runners
@@ -24,7 +24,7 @@ from slum.node.uids import ROUTER_UID
 from slum.paths import Home
 
 pytestmark = pytest.mark.root
-UID = 200_001
+UID = some_uid()
 LOOK = """
 import json, os, resource
 status = dict(line.split(":", 1) for line in open("/proc/self/status").read().splitlines())

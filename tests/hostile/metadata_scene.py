@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from walls_support import PYTHON, open_yard
+from walls_support import PYTHON, open_yard, some_uid
 
 from slum.model import Level
 from slum.node import metadata
@@ -44,7 +44,7 @@ def main() -> None:
             held.enter_context(socket.create_server(("fd00:ec2::254", port), family=socket.AF_INET6))
 
         def as_service(port: int) -> list[str]:
-            made = yard.instance("curious", (PYTHON, "-c", TRY, str(port)), uid=200_001)
+            made = yard.instance("curious", (PYTHON, "-c", TRY, str(port)), uid=some_uid())
             return yard.run(level, made)[1].split()
 
         seen: dict[str, object] = {"before": as_service(80)}

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from walls_support import PYTHON, Running, Yard, descendants, open_limits, open_yard, wait_until
+from walls_support import PYTHON, Running, Yard, descendants, open_limits, open_yard, some_uid, wait_until
 
 from slum.model import Level
 from slum.node.runners.namespace import NamespaceRunner, Way
@@ -28,7 +28,7 @@ from slum.node.types import Available
 pytestmark = [pytest.mark.root, pytest.mark.xdist_group("hostile")]
 
 ATTACKER = Path(__file__).with_name("attacker.py").read_text()
-SELF_UID, NEIGHBOUR_UID = 200_001, 200_002
+SELF_UID, NEIGHBOUR_UID = some_uid(), some_uid()
 SECRET_NAME = "NEIGHBOUR_SECRET"
 HOST_MARKER = "SLUM_HOST_MARKER"
 VICTIM_WORD = "victim-at-work"
@@ -241,7 +241,7 @@ with contextlib.suppress(ProcessLookupError):  # nobody else is there
     os.kill(-1, signal.SIGKILL)
 print("lived")
 """
-    status, output = scene.yard.run(level, scene.yard.instance(f"killer-{level}", (PYTHON, "-c", code), uid=SELF_UID))
+    status, output = scene.yard.run(level, scene.yard.instance(f"killer-{level}", (PYTHON, "-c", code), uid=some_uid()))
     assert status == 0, output  # kill(-1) spares the caller and, behind the wall, pid 1
     assert output == "lived\n"
     for victim in scene.victims:
