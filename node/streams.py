@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
+from contextlib import aclosing
 
 import msgspec
 
@@ -20,7 +21,6 @@ from slum.wire import LogsRequest, OpenStream, StreamData, StreamEnd, encoder, o
 
 DIAL_S = 5.0
 STREAMS_MAX = 64
-BATCH_BYTES = 32 << 10
 
 
 class Streams:
@@ -69,7 +69,6 @@ class Streams:
 
         ids = self._ids(request)
         end = StreamEnd(status=0)
-        batch = bytearray()
         try:
             lines = logs.read(
                 self._home,
@@ -80,13 +79,9 @@ class Streams:
                 grep=request.grep,
                 follow=request.follow,
             )
-            async for line in lines:
-                batch += line
-                if len(batch) >= BATCH_BYTES or request.follow:
-                    await socket.send(encoder.encode(StreamData(data=bytes(batch))))
-                    batch.clear()
-            if batch:
-                await socket.send(encoder.encode(StreamData(data=bytes(batch))))
+            async with aclosing(lines):
+                async for data in lines:
+                    await socket.send(encoder.encode(StreamData(data=data)))
         except Unreachable:
             return
         except (SlumError, OSError) as error:

@@ -17,6 +17,7 @@ from fakes.member import Connection
 from slum.model import Level, Service
 from slum.wire import (
     ExecRequest,
+    LogsRequest,
     Phase,
     RunRequest,
     StreamData,
@@ -245,6 +246,26 @@ async def test_a_kill_of_the_agent_amid_a_build_does_not_build_twice(here: Site)
     await here.kill_agent()
     await here.healthy()
     assert log.read_text().count("begun") == 1
+
+
+async def test_logs_are_read_and_followed_until_the_reader_leaves(here: Site) -> None:
+    here.push(worker("web", script="i=0; while :; do i=$((i+1)); echo tick $i; sleep 0.05; done"))
+    await here.healthy()
+    log = here.home.instance_log("web", "main")
+    await until(lambda: log.exists() and "tick 5" in log.read_text())
+    status, said, _ = await result(await here.member.stream(LogsRequest(service="web", tail=3)), None)
+    assert status == 0
+    lines = said[1].splitlines()
+    assert len(lines) == 3
+    instance, at, text = lines[0].split(" ", 2)
+    assert (instance, text[:5], float(at) > 1e9) == ("main", "tick ", True)
+    stream = await here.member.stream(LogsRequest(service="web", follow=True, tail=1))
+    await read_until(stream, b"tick 2")
+    stream.close()
+    bad = await result(await here.member.stream(LogsRequest(service="web", grep="(")), None)
+    assert bad[2]
+    agent = (await here.children())["agent"].pid
+    await until(lambda: not Path(f"/proc/{agent}/task/{agent}/children").read_text().split())
 
 
 async def test_a_bundle_that_cannot_be_fetched_is_waited_for_and_the_old_release_kept(here: Site) -> None:
