@@ -17,6 +17,7 @@ from slum.model import Key, Listen, Secret, Service, Settings
 from slum.node.adopt import listener_name
 from slum.node.limits.groups import Limits
 from slum.node.observed import Generation
+from slum.node.secretenv import lookup, secret_file
 from slum.node.sockets import make_data_folder, make_run_folder, open_to_traversal
 from slum.node.types import Instance
 from slum.node.uids import ROUTER_UID, Uids
@@ -156,9 +157,13 @@ class Describer:
     def _secret(self, service: Service, secret: Secret) -> str:
         kind, _, where = secret.source.partition(":")
         if kind == "env":
-            value = self._environ.get(where)
+            value = lookup(self._home, where, self._environ)
             if value is None:
-                raise ConfigError(f"secret {secret.name} of {service.name}: the agent has no variable {where}")
+                place = secret_file(self._home)
+                raise ConfigError(
+                    f"secret {secret.name} of {service.name}: there is no {where} in {place} nor in the agent's environment",
+                    hint=f"add the line {where}=... to {place} (mode 0600), then `slum restart {service.name}`",
+                )
             return value
         try:
             with open(where, "rb") as file:
