@@ -157,9 +157,9 @@ class Describer:
     def _secret(self, service: Service, secret: Secret) -> str:
         kind, _, where = secret.source.partition(":")
         if kind == "env":
-            value = lookup(self._home, where, self._environ)
+            value = lookup(self.home, where, self._environ)
             if value is None:
-                place = secret_file(self._home)
+                place = secret_file(self.home)
                 raise ConfigError(
                     f"secret {secret.name} of {service.name}: there is no {where} in {place} nor in the agent's environment",
                     hint=f"add the line {where}=... to {place} (mode 0600), then `slum restart {service.name}`",

@@ -161,13 +161,20 @@ def test_pre_deploy_build_secrets_and_run(site: Site) -> None:
         more=f"""
 pre_deploy = "sh -c 'echo migrated >> $DATA/migrations'"
 build = "sh -c 'echo built > built.txt'"
-secrets = {{ TOKEN = "file:{secret}" }}
+secrets = {{ TOKEN = "file:{secret}", KEY = "env:API_KEY" }}
 """,
         env='DATA = "{data_dir}"',
     )
+    (site.data / "agent").mkdir(parents=True)
+    site.data.chmod(0o711)
+    (site.data / "agent").chmod(0o700)
+    variables = site.data / "agent" / "env"
+    variables.write_text("API_KEY=from-the-file\n")
+    variables.chmod(0o600)
     site.apply(services)
     env = site.get("web", "/env")[1]
     assert "TOKEN=hush-canary-5521" in env
+    assert "KEY=from-the-file" in env
     ran = site.slum("run", "web", "--", "sh", "-c", "cat $DATA/migrations; cat built.txt; exit 7", check=False)
     assert ran.code == 7, ran
     assert ran.out.split() == ["migrated", "built"]
