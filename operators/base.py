@@ -7,9 +7,25 @@ SlumError (OperatorError with the provider's status, code and request id). Optio
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from slum.frozen import Frozen
+
+NO_WAY_HOME = "machines are made only with a join token; see docs/operators.md"
+
+
+class Join(Frozen):
+    """How a new machine joins home. *token* is for that machine alone and is shown by no repr."""
+
+    server: str
+    """The control plane's URL."""
+    token: str
+
+    def __repr__(self) -> str:
+        return f"Join(server={self.server!r}, token=(hidden))"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [("server", self.server)]
 
 
 class MachineSpec(Frozen):
@@ -20,6 +36,10 @@ class MachineSpec(Frozen):
     machine: str
     """Its name in the fleet: "here", "workers-2"."""
     tenement: str
+    join: Join | None = None
+    """None for a machine that has another way home (a local one)."""
+    ports: tuple[int, ...] = ()
+    """TCP ports that shall be reachable from anywhere."""
 
 
 class Machine(Frozen):
@@ -54,6 +74,18 @@ class Operator(Protocol):
 
     async def destroy(self, machine_id: str) -> None:
         """Make sure that no machine *machine_id* exists; absent is success."""
+        ...
+
+
+class Foretold(Protocol):
+    def machine_id(self, spec: MachineSpec) -> str:
+        """Return the id that the machine of spec.key has as soon as it exists, so that an intent can name it before."""
+        ...
+
+
+class Checked(Protocol):
+    async def problems(self) -> tuple[str, ...]:
+        """Ask the provider and return what it would refuse in this operator's definition, "KEY: why", with what is near."""
         ...
 
 

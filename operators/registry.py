@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from slum import model
 from slum.errors import ConfigError
 from slum.operators.base import Operator
+from slum.operators.fly import Fly
+from slum.operators.hetzner import Hetzner
 from slum.operators.local import Local, Site
 
-MAKERS: dict[str, Callable[[Site], Operator]] = {"local": Local}
+MAKERS: dict[str, Callable[[Any, Site], Operator]] = {
+    "local": lambda _, site: Local(site),
+    "hetzner": lambda definition, _: Hetzner(definition),
+    "fly": lambda definition, _: Fly(definition),
+}
+"""By type, from the definition of that type and the site."""
 
 
 def why_unavailable(operator: model.Operator) -> str:
@@ -23,4 +31,4 @@ def make_operator(operator: model.Operator, site: Site) -> Operator:
     why = why_unavailable(operator)
     if why:
         raise ConfigError(f"operators.{operator.name}: {why}")
-    return MAKERS[model.operator_type(operator)](site)
+    return MAKERS[model.operator_type(operator)](operator, site)

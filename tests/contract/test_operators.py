@@ -14,12 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from fakes.cloud import QuickClock
+from fakes.fly import FakeFly
+from fakes.hetzner import FakeHetzner
 
 from slum import model
 from slum.errors import ConfigError, OperatorError
 from slum.node.keeperclient import KeeperClient, start_detached
 from slum.node.types import Respawn, Spawn
-from slum.operators.base import MachineSpec, Operator
+from slum.operators.base import Join, MachineSpec, Operator
+from slum.operators.fly import Fly
+from slum.operators.hetzner import Hetzner
 from slum.operators.local import Local, Site
 from slum.operators.registry import make_operator, why_unavailable
 from slum.paths import Home
@@ -37,7 +42,8 @@ class Bench:
 
 
 def spec(name: str = "here", incarnation: int = 1, cluster: str = CLUSTER) -> MachineSpec:
-    return MachineSpec(cluster=cluster, key=f"{name}.{incarnation}", machine=name, tenement=name)
+    join = Join(server="https://home.example", token="join-me")
+    return MachineSpec(cluster=cluster, key=f"{name}.{incarnation}", machine=name, tenement=name, join=join)
 
 
 @contextmanager
@@ -64,7 +70,27 @@ def local_bench() -> Iterator[Bench]:
         yield Bench(operator=Local(a_site(home)), again=Local(a_site(home)))
 
 
-BENCHES: dict[str, Callable[[], object]] = {"local": local_bench}
+@contextmanager
+def hetzner_bench() -> Iterator[Bench]:
+    clock = QuickClock()
+    fake = FakeHetzner(clock=clock)
+    with fake.serving() as url:
+        env = {"HCLOUD_TOKEN": fake.token, "HCLOUD_ENDPOINT": f"{url}/v1"}
+        definition = model.HetznerOperator(name="eu", location="fsn1", server_type="cx23")
+        yield Bench(*(Hetzner(definition, clock=clock, env=env) for _ in range(2)))
+
+
+@contextmanager
+def fly_bench() -> Iterator[Bench]:
+    clock = QuickClock()
+    fake = FakeFly(clock=clock)
+    with fake.serving() as url:
+        env = {"FLY_API_TOKEN": fake.token, "FLY_FLAPS_BASE_URL": url}
+        definition = model.FlyOperator(name="prod", org="mine", region="iad", image="registry.fly.io/slum:1")
+        yield Bench(*(Fly(definition, clock=clock, env=env) for _ in range(2)))
+
+
+BENCHES: dict[str, Callable[[], object]] = {"fly": fly_bench, "hetzner": hetzner_bench, "local": local_bench}
 
 
 @pytest.fixture(params=sorted(BENCHES))
@@ -107,6 +133,17 @@ async def test_a_destroyed_machine_comes_back_as_a_new_incarnation(bench: Bench)
     second = await bench.operator.create(spec(incarnation=2))
     assert second.key == "here.2"
     assert await bench.operator.observe(CLUSTER) == (second,)
+
+
+async def test_a_machine_name_with_a_number_is_not_another_incarnation(
+    bench: Bench, request: pytest.FixtureRequest
+) -> None:
+    if "local" in request.node.name:
+        await bench.operator.create(spec("w-1"))
+        return  # one machine is all it holds
+    first, second = await bench.operator.create(spec("w", 12)), await bench.operator.create(spec("w-1", 2))
+    await bench.operator.destroy(first.id)
+    assert await bench.again.observe(CLUSTER) == (second,)
 
 
 def test_every_verb_has_a_deadline(bench: Bench) -> None:
@@ -165,11 +202,11 @@ async def test_local_without_a_keeper_is_an_operator_error() -> None:
 
 
 def test_operators_that_are_not_here_say_so() -> None:
-    fly = model.FlyOperator(name="prod", org="me", region="iad")
-    assert why_unavailable(fly) == "operator type fly is not part of this version; see docs/status.md"
+    ssh = model.SshOperator(name="vps", hosts=(model.SshHost(host="vps.example"),))
+    assert why_unavailable(ssh) == "operator type ssh is not part of this version; see docs/status.md"
     assert why_unavailable(model.LocalOperator(name="local")) == ""
     site = Site(
         home=Home(data=Path("/d"), run=Path("/r")), member="m1", agent=Spawn(name="agent", argv=("true",), env={})
     )
-    with pytest.raises(ConfigError, match=r"operators\.prod: operator type fly"):
-        make_operator(fly, site)
+    with pytest.raises(ConfigError, match=r"operators\.vps: operator type ssh"):
+        make_operator(ssh, site)
