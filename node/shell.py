@@ -65,8 +65,6 @@ class Shells:
                 spawn = self._run_spawn(key, request, token)
             else:
                 spawn = await self._exec_spawn(key, request, token)
-            if request.tty:
-                spawn = msgspec.structs.replace(spawn, env={"TERM": "xterm-256color", **spawn.env})
             status = await self._converse(spawn, request, socket)
             end = StreamEnd(status=status, error="" if status is not None else "the command ended unseen")
         except (SlumError, OSError) as error:

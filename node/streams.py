@@ -6,8 +6,9 @@ A stream that fails ends with a StreamEnd that says why; it never touches the ag
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
+from typing import cast
 
 import msgspec
 
@@ -79,7 +80,7 @@ class Streams:
                 grep=request.grep,
                 follow=request.follow,
             )
-            async with aclosing(lines):
+            async with aclosing(cast("AsyncGenerator[bytes, None]", lines)):
                 async for data in lines:
                     await socket.send(encoder.encode(StreamData(data=data)))
         except Unreachable:
