@@ -31,7 +31,7 @@ from slum.model import (
 )
 from slum.problem import At, Problem, nearest, shown
 from slum.tomlfile import Document
-from slum.validate import check_credentials, check_fleet
+from slum.validate import check_credentials, check_effects, check_fleet
 
 PROBLEMS_SHOWN = 200
 
@@ -58,6 +58,7 @@ def load_document(main: Document) -> Loaded:
     report.judge(check_fleet(fleet))
     report.raise_if_any()
     report.warn_of(check_credentials(fleet))
+    report.warn_of(check_effects(fleet))
     return Loaded(
         fleet=fleet,
         sources=dict(sorted(report.sources.items())),

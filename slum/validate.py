@@ -59,6 +59,27 @@ def check_credentials(fleet: Fleet) -> tuple[Problem, ...]:
     )
 
 
+WITHOUT_EFFECT = {
+    "idle_timeout": "services are not put to sleep yet",
+    "request_timeout": "the router does not cut requests off yet",
+}
+"""Keys that are read and kept (exports use them), but that the node does not act on; see docs/status.md."""
+
+
+def check_effects(fleet: Fleet) -> tuple[Problem, ...]:
+    """Return a warning for each key that is asked for and has no effect in this version."""
+    return tuple(
+        Problem(
+            at=("tenement", tenement.name, "service", service.name, key),
+            message=f"has no effect in this version: {why}",
+        )
+        for tenement in fleet.tenements
+        for service in tenement.services
+        for key, why in WITHOUT_EFFECT.items()
+        if getattr(service, f"{key}_s") is not None
+    )
+
+
 def check_capabilities(
     fleet: Fleet, machine: str, levels: Mapping[str, LevelStatus], limits: str
 ) -> tuple[Problem, ...]:

@@ -447,3 +447,14 @@ def test_no_tree_raises_anything_but_config_error(tree: dict[str, object]) -> No
         return
     assert check_fleet(fleet) == ()
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(fleet), type=Fleet) == fleet
+
+
+def test_a_key_without_effect_is_warned_of(tmp_path: Path) -> None:
+    file = tmp_path / "slum.toml"
+    file.write_text(
+        '[operators.local]\ntype = "local"\n[tenement.here]\noperator = "local"\n[tenement.here.service.web]\n'
+        'command = "x"\nlisten = "fd"\nidle_timeout = 60\n'
+    )
+    assert [str(warning).split(": ", 1)[1] for warning in load(file).warnings] == [
+        "tenement.here.service.web.idle_timeout: has no effect in this version: services are not put to sleep yet"
+    ]

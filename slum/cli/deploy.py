@@ -24,6 +24,11 @@ from slum.model import Fleet
 from slum.plan import Plan
 from slum.render import clean, quantity, seconds, size
 
+NAMES_MAX = 5
+"""So many names an error lists; `slum ps` has the rest."""
+LAST_WORDS_MAX = 3
+"""So many services' last log lines are shown: the first ones tell the cause, forty would hide it."""
+
 
 class Stage:
     """How far we are: what an interrupted user must know."""
@@ -93,8 +98,8 @@ def judge(asked: Invocation, outcome: Outcome, revision: int, wait_s: float) -> 
     """Show the last words of what failed; raise Unhealthy or Conflict unless all has arrived."""
     if outcome.replaced:
         raise Conflict(outcome.replaced, hint="`slum status` shows what holds now")
-    for step in outcome.failed:
-        if step.logs:
+    for number, step in enumerate(outcome.failed):
+        if step.logs and number < LAST_WORDS_MAX:
             asked.say(f"  last words of {label(step.name)}:")
             for line in step.logs:
                 asked.say(f"    {clean(line)}".rstrip())
@@ -103,14 +108,22 @@ def judge(asked: Invocation, outcome: Outcome, revision: int, wait_s: float) -> 
     if not outcome.failed and outcome.in_time:
         return
     services = list(dict.fromkeys(step.service for step in (*outcome.failed, *outcome.waiting) if step.service))
-    names = ", ".join(dict.fromkeys(label(step.name) for step in outcome.failed or outcome.waiting)) or "the fleet"
+    names = _named([label(step.name) for step in outcome.failed or outcome.waiting])
     what = "not well" if outcome.failed else f"not there after {seconds(wait_s)}; it goes on"
     machine = any(step.what == "tenement" for step in outcome.failed or outcome.waiting)
     look = f"`slum explain {services[0]}`" if services and not machine else "`slum status`"
     raise Unhealthy(
-        f"revision {revision} is committed, but {names} {'is' if ',' not in names else 'are'} {what}",
+        f"revision {revision} is committed, but {names} {'are' if ',' in names or ' and ' in names else 'is'} {what}",
         hint=f"{look}, or `slum rollback`" if revision > 1 else look,
     )
+
+
+def _named(names: list[str]) -> str:
+    """Return "a, b, c" with at most NAMES_MAX of them and how many more there are."""
+    unique = list(dict.fromkeys(names))
+    more = len(unique) - NAMES_MAX
+    shown = ", ".join(unique[:NAMES_MAX])
+    return f"{shown} and {more} more" if more > 0 else shown or "the fleet"
 
 
 def _without_commit(
