@@ -60,12 +60,12 @@ def _events(control: Control, service: str, machines: set[str]) -> tuple[api.Eve
     if not own:
         return ()
     subjects = {f"tenement:{machine}" for machine in machines}
-    around = [
-        event
-        for event in reader.events(after=own[0].number - 1, limit=1000)
-        if event.subject in subjects or event.kind == "fleet_applied"
+    around = [event for event in reader.events(after=own[0].number - 1, limit=1000) if event.subject in subjects]
+    # An apply's first event names the revision; those of its services follow, with the same seq.
+    applies = [
+        event for event in reader.events(kind="fleet_applied", limit=EVENTS_MAX, newest=True) if event.seq >= own[0].seq
     ]
-    merged = {event.number: event for event in (*own, *around)}
+    merged = {event.number: event for event in (*own, *around, *applies)}
     return tuple(merged[number] for number in sorted(merged))[-EVENTS_MAX:]
 
 
