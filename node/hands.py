@@ -46,6 +46,8 @@ from slum.node.sockets import remove_folder, remove_socket
 from slum.node.types import Runner, Spawn
 from slum.node.uids import ROUTER_UID
 
+CLEAR_TRIES, CLEAR_PAUSE_S = 20, 0.05
+
 
 class Watching(Protocol):
     """Who probes and drains (watch.py)."""
@@ -65,6 +67,15 @@ class Preparing(Protocol):
     def folder(self, release: str) -> Path | None:
         """Return where the unpacked or built bundle of a prepared release lies; None when it has none."""
         ...
+
+
+async def clear(limits: Limits, name: str) -> None:
+    """Kill what is left in the cgroup *name* and remove it once its processes are gone; what resists is swept later."""
+    limits.kill(name)
+    for _ in range(CLEAR_TRIES):
+        if limits.remove(name):
+            return
+        await asyncio.sleep(CLEAR_PAUSE_S)
 
 
 class Hands:
@@ -282,10 +293,9 @@ class Hands:
         self._release_cgroup(key, number)
 
     def _release_cgroup(self, key: Key, number: int) -> None:
-        """Kill what the generation left behind, and remove its cgroup; what resists is swept later."""
+        """Kill what the generation left behind, and remove its cgroup."""
         name = cgroup_name(key, number)
-        self._limits.kill(name)
-        self._limits.remove(name)
+        self._group.create_task(clear(self._limits, name), name=f"clear {name}")
 
     async def _close_socket(self, key: Key, socket: int) -> None:
         self.bound.pop((key, socket), None)

@@ -39,7 +39,7 @@ class Agent(Protocol):
     def hello(self) -> Hello: ...
 
     def report(self, *, full: bool) -> Report | None:
-        """Return what changed since the last call (all when *full*), None when nothing did."""
+        """Return some of what changed since the last call (of all when *full*), None when nothing did."""
         ...
 
     def heartbeat(self) -> Heartbeat: ...
@@ -107,8 +107,7 @@ class Link:
             while True:
                 self._wake.clear()
                 await self._send_notes(socket)
-                report = self._agent.report(full=full)
-                if report is not None:
+                while (report := self._agent.report(full=full)) is not None:
                     await _send(socket, report)
                     full = False
                 if loop.time() >= beat_at:

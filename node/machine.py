@@ -41,10 +41,12 @@ from slum.node.watch import Watch
 from slum.paths import Home
 from slum.wire import Desired, Heartbeat, Hello, OpenStream, Report
 
-IDENTITY_POLL_S = 0.2
+IDENTITY_POLL_S, LOCK_POLL_S = 0.2, 1.0
 KEEPER_PATIENCE_S, KEEPER_POLL_S = 1.0, 0.05
 HOUSEKEEPING_S = 60.0
 ROUNDS_MAX = 1000
+RETRY_S = 1.0
+"""After an action that this machine could not do at all, say for want of space."""
 Levels = Mapping[Level, Available | Unavailable]
 
 
@@ -133,9 +135,13 @@ class Agent:
             log.get().warning("config_refused", revision=desired.revision, why=why)
             self._roster.refuse(desired.stamp, why)
             return
+        try:
+            self._store.keep_desired(desired)
+            self._describer.give_uids(service.name for service in desired.services)
+        except (SlumError, OSError) as error:
+            self._roster.refuse(desired.stamp, f"the config cannot be kept: {error}")
+            return
         log.get().info("config_received", revision=desired.revision, services=len(desired.services))
-        self._store.keep_desired(desired)
-        self._describer.give_uids(service.name for service in desired.services)
         self._roster.desire(desired)
         for entry in self._roster.entries.values():
             for generation in entry.seen.living:
@@ -199,7 +205,11 @@ class Agent:
                 self._wakes.pop(key, None)
             self._wakes.update(plan.wakes)
             for action in plan.actions:
-                self._hands.perform(action)
+                try:
+                    self._hands.perform(action)
+                except (SlumError, OSError) as error:
+                    log.get().error("action_failed", action=type(action).__name__, key=str(action.key), why=str(error))
+                    self._wakes[action.key] = self._clock.now() + RETRY_S
         log.get().error("decisions_do_not_settle", keys=[str(key) for key in self._roster.dirty][:10])
 
     # --- the keeper ---------------------------------------------------------------------------------------------------
@@ -273,6 +283,7 @@ class Agent:
             try:
                 await logs.compress_rotated(self._home)
                 if self._steady:
+                    self._takeover.sweep_cgroups()
                     await self._preparer.collect()
             except (SlumError, OSError) as error:
                 log.get().warning("housekeeping_failed", why=str(error))
@@ -294,6 +305,9 @@ async def live(home: Home) -> None:
     """Be the agent of *home* until cancelled."""
     make_folders(home)
     store = Store(home)
+    while not store.lock():
+        log.get().warning("another_agent_runs")
+        await asyncio.sleep(LOCK_POLL_S)
     while store.identity() is None:  # noqa: ASYNC110 - another process writes the file
         await asyncio.sleep(IDENTITY_POLL_S)
     table = runners(home)

@@ -26,6 +26,10 @@ class Oneoffs:
         self.keeper: KeeperClient | None = None
         self._waiting: dict[str, asyncio.Future[int | None]] = {}
 
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting)
+
     async def run(
         self, spawn: Spawn, stdio: tuple[int, int, int] | None = None, spawned: Callable[[], None] | None = None
     ) -> int | None:

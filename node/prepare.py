@@ -18,6 +18,7 @@ from slum.model import Key, Level, Service
 from slum.node.actions import Broken, Missing, Prepared, Working
 from slum.node.describe import Describer
 from slum.node.failures import exit_words
+from slum.node.hands import clear
 from slum.node.limits.groups import Limits
 from slum.node.link import fetch_blob
 from slum.node.oneoff import BUILD, PRE_DEPLOY, Oneoffs
@@ -209,8 +210,7 @@ class Preparer:
             return await self._oneoffs.run(spawn)
         finally:
             if instance.cgroup is not None:
-                self._limits.kill(instance.cgroup.name)
-                self._limits.remove(instance.cgroup.name)
+                await clear(self._limits, instance.cgroup.name)
 
     def _break(self, key: Key, release: str, kind: str, why: str) -> None:
         log.get().warning("release_broken", key=str(key), release=release[:12], why=why)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
+from slum import log
 from slum.model import Key, Service, Settings, Stamp, host_name
 from slum.node import observed as seen_of
 from slum.node.actions import PREPARED, Broken, Missing, Plan, Preparation, Want
@@ -23,6 +24,7 @@ from slum.wire import Desired, InstanceReport, InstanceStats, Note, Report
 NOTES_BURST = 40
 NOTES_PER_S = 0.5
 """Starts and exits noted of one instance: a crash loop shall not drown what happens elsewhere."""
+REPORTS_MAX = 500
 FREQUENT = frozenset({"generation_started", "instance_exited"})
 
 
@@ -147,7 +149,11 @@ class Roster:
         entry = self.entries.get(seen.key)
         if entry is None:
             entry = self.entries[seen.key] = Entry(seen)
-        self._store.save(seen)
+        try:
+            self._store.save(seen)
+        except OSError as error:
+            # A full disk must not end supervision: what a next agent would miss is history.
+            log.get().error("history_not_kept", key=str(seen.key), why=str(error))
         entry.seen = seen
         self.touch(seen.key)
 
@@ -226,14 +232,19 @@ class Roster:
         )
 
     def report(self, *, full: bool) -> Report | None:
-        """Return the reports that differ from what was last told (all when *full*); None when there is none."""
+        """Return the reports that differ from what was last told (all when *full*); None when there is none.
+
+        At most REPORTS_MAX at once, to keep a message small: call again until there is none.
+        """
         if self.desired is None and not self.refused:
             return None
         now = self._clock.now()
-        keys = self.entries.keys() if full else self._stale
-        reports = [report for key in sorted(keys) if (report := self._report(key, now, full=full)) is not None]
+        keys = sorted(self.entries if full else self._stale)
+        for key in keys[REPORTS_MAX:] if full else ():
+            self.entries[key].report = None  # so that the next call tells it
+        reports = [report for key in keys[:REPORTS_MAX] if (report := self._report(key, now, full=full)) is not None]
         gone = tuple(sorted(gone for gone in self._gone if not full))
-        self._stale, self._gone = set(), set()
+        self._stale, self._gone = set(keys[REPORTS_MAX:]), set()
         refused = self.refused or self._trouble
         if not (full or reports or gone or self._told != (self.stamp, refused)):
             return None

@@ -17,6 +17,7 @@ from slum.node.actions import PREPARED, Prepared
 from slum.node.adopt import child_name
 from slum.node.describe import Describer
 from slum.node.enter import entering
+from slum.node.hands import clear
 from slum.node.limits.groups import Limits
 from slum.node.observed import Ready, Starting
 from slum.node.oneoff import RUN, Oneoffs
@@ -70,8 +71,7 @@ class Shells:
         except (SlumError, OSError) as error:
             end = StreamEnd(error=str(error))
         finally:
-            self._limits.kill(f"run-{token}")
-            self._limits.remove(f"run-{token}")
+            await clear(self._limits, f"run-{token}")
         await socket.send(encoder.encode(end))
 
     def _key(self, service: str, instance: str | None) -> Key:

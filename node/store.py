@@ -9,6 +9,7 @@ marker in the run folder tells a new agent from a reboot. Never holds the value 
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterable
 from contextlib import suppress
@@ -58,8 +59,19 @@ class Store:
         self._instances = home.agent / "instances.jsonl"
         self._marker = home.private / "agent.up"
         self._saved: dict[Key, Memory] = {}
+        self._lock = -1
         self._log = -1
         self._log_bytes = 0
+
+    def lock(self) -> bool:
+        """Claim the folder for this process's whole life; False while another agent has it."""
+        if self._lock < 0:
+            self._lock = os.open(self._home.agent / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
     def first_since_boot(self) -> bool:
         """Tell whether the run folder is new, that is: after a reboot. True once."""

@@ -25,6 +25,8 @@ from slum.node.sockets import remove_folder
 from slum.node.watch import Watch
 from slum.paths import Home, short_key
 
+ONEOFF_CGROUPS = ("pre-", "run-", "build-")
+
 
 class Takeover:
     """One agent's."""
@@ -75,7 +77,10 @@ class Takeover:
             self._hands.ended(key, end.number, end.status, end.at)
         seen = roster.seen(key)
         for generation in seen.living:
-            await self._hands.settle_listener(key, generation)
+            try:
+                await self._hands.settle_listener(key, generation)
+            except KeeperError as error:
+                log.get().warning("listener_not_settled", key=str(key), why=str(error))
             if generation.socket == seen.serving:
                 self._hands.point(key, generation)
             self._watch.started(key, generation.number)
@@ -102,20 +107,30 @@ class Takeover:
                 log.get().warning("listener_not_closed", name=name, why=str(error))
 
     def _remove_strangers(self) -> None:
-        """Withdraw routes, and remove run folders and cgroups, that belong to nothing that lives."""
+        """Withdraw routes, and remove run folders and cgroups, that belong to nothing that is known."""
         serving: dict[str, list[str]] = {}
-        alive: set[str] = set()
         for key, entry in self._roster.entries.items():
             if entry.seen.serving is not None:
                 serving.setdefault(key.service, []).append(key.id)
-            alive.update(cgroup_name(key, g.number) for g in entry.seen.generations)
         self._hands.routes.prune(serving)
         shorts = {short_key(str(key)) for key in self._roster.entries}
         folder = self._home.run / "i"
         for name in os.listdir(folder) if folder.is_dir() else ():
             if name not in shorts:
                 remove_folder(folder / name)
+        self.sweep_cgroups()
+
+    def sweep_cgroups(self) -> None:
+        """Kill and remove the cgroups of generations that are no more, and remove empty ones of one-offs."""
+        alive = {
+            cgroup_name(key, generation.number)
+            for key, entry in self._roster.entries.items()
+            for generation in entry.seen.generations
+        }
         for name in self._limits.list():
-            if name.split("-")[0] not in ("pre", "run", "build") and name not in alive:
+            if name.startswith(ONEOFF_CGROUPS):
+                if not self._oneoffs.busy:
+                    self._limits.remove(name)
+            elif name not in alive:
                 self._limits.kill(name)
                 self._limits.remove(name)

@@ -18,7 +18,7 @@ from slum.node import observed as seen_of
 from slum.node.describe import Describer
 from slum.node.hands import Hands
 from slum.node.health import Answer, Door, ask
-from slum.node.observed import PROBE_FAILURES_MAX, Draining, Generation, Ready, Starting
+from slum.node.observed import Draining, Generation, Ready, Starting
 from slum.node.roster import Clock, Roster
 from slum.node.sockets import connections, port_connections
 from slum.node.uids import ROUTER_UID
@@ -180,10 +180,8 @@ class Watch:
                 self._roster.touch(key)
             entry.health = answer.text
         if isinstance(stage, Ready) and generation.service.listen is not Listen.NONE:
-            if stage.failures < PROBE_FAILURES_MAX:
-                self._schedule(key, number, self._roster.settings.health_check_interval_s)
-                return True
-            return False
+            self._schedule(key, number, self._roster.settings.health_check_interval_s)
+            return True
         return not isinstance(stage, Starting)
 
     # --- draining -----------------------------------------------------------------------------------------------------
