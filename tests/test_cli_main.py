@@ -8,7 +8,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,18 +57,6 @@ print(json.dumps(sorted(set(sys.modules) - before)))
         imported & {"asyncio", "socket", "ssl", "subprocess", "json", "hashlib", "dataclasses", "pathlib", "http"}
         == set()
     )
-
-
-def test_help_starts_about_as_fast_as_click() -> None:
-    """The best of several runs, taken in turns: whatever else the machine does hits both."""
-    words = {"click": ("-c", "import click"), "help": ("-m", "slum.cli.main", "--help")}
-    best = dict.fromkeys(words, 1e9)
-    for _ in range(12):
-        for name, arguments in words.items():
-            begun = time.perf_counter()
-            subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
-            best[name] = min(best[name], time.perf_counter() - begun)
-    assert best["help"] < best["click"] * 1.5, best
 
 
 def test_the_list_says_of_each_command_what_its_help_says(capfd: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 import tomllib
 from pathlib import Path
 
@@ -117,11 +116,10 @@ def test_refused_with_file_and_line(text: bytes | str, message: str) -> None:
     ],
     ids=range(8),
 )
-def test_no_text_takes_long(text: str) -> None:
-    start = time.perf_counter()
+@pytest.mark.timeout(60)
+def test_no_text_hangs_it(text: str) -> None:
     with contextlib.suppress(ConfigError):
         parse(text)
-    assert time.perf_counter() - start < 3
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

@@ -90,10 +90,8 @@ async def test_a_flood_is_cut_counted_and_said_and_a_neighbour_is_not_starved(ri
     await client.spawn(shell(rig, "flood", "exec yes 'a line of some length, again and again'", log=log))
     await client.spawn(shell(rig, "calm", "n=0; while :; do n=$((n+1)); echo $n; sleep 0.01; done"))
     await holds(lambda: b"[slum] dropped " in rig.raw_log("flood"))
-    start = time.monotonic()
     heard = len(rig.logged("calm"))
     await holds(lambda: len(rig.logged("calm")) > heard + 30)
-    assert time.monotonic() - start < 5
     stats = await client.stats()
     assert stats.dropped_bytes["flood"] > 1_000_000
     folder = Path(log.path).parent
