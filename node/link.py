@@ -28,7 +28,9 @@ SEND_S = 15.0
 HEARTBEAT_S = 5.0
 SILENT_S = 45.0
 BACKOFF_MIN_S, BACKOFF_MAX_S = 0.1, 5.0
-NOTES_MAX = 1000
+NOTES_MAX, NOTES_A_TIME = 1000, 100
+CALM_S = 0.005
+"""So long after a change before telling it: changes come in bursts."""
 BLOB_S = 600.0
 BLOB_READ_BYTES = 256 << 10
 
@@ -119,6 +121,7 @@ class Link:
                 try:
                     async with asyncio.timeout_at(beat_at):
                         await self._wake.wait()
+                    await asyncio.sleep(CALM_S)
                 except TimeoutError:
                     continue
         except Unreachable as error:
@@ -129,10 +132,11 @@ class Link:
             log.get().warning("notes_dropped", count=self._dropped)
             self._dropped = 0
         while self._notes:
-            note = self._notes[0]
-            await _send(socket, note)
-            if self._notes and self._notes[0] is note:
+            batch = list(self._notes)[:NOTES_A_TIME]
+            await _send(socket, *batch)
+            while batch and self._notes and self._notes[0] is batch[0]:
                 self._notes.popleft()
+                batch.pop(0)
 
     async def _listen(self, socket: WebSocket) -> str:
         """Hand on what the member says until the line breaks; return why it did."""
@@ -158,10 +162,10 @@ class Link:
             return str(error)
 
 
-async def _send(socket: WebSocket, message: Message) -> None:
+async def _send(socket: WebSocket, *messages: Message) -> None:
     try:
         async with asyncio.timeout(SEND_S):
-            await socket.send(encoder.encode(message))
+            await socket.send(*(encoder.encode(message) for message in messages))
     except TimeoutError:
         raise Unreachable(f"the member did not read for {SEND_S:g} s") from None
 

@@ -56,10 +56,10 @@ class WebSocket:
     ) -> None:
         await self.close()
 
-    async def send(self, data: bytes) -> None:
-        """Send one message; returns when the connection takes more (its buffer is below the high-water mark)."""
+    async def send(self, *messages: bytes) -> None:
+        """Send *messages*; returns when the connection takes more (its buffer is below the high-water mark)."""
         try:
-            self._writer.write(self._protocol.send(BytesMessage(data=data)))
+            self._writer.write(b"".join(self._protocol.send(BytesMessage(data=data)) for data in messages))
             await self._writer.drain()
         except (OSError, ProtocolError) as error:
             raise Unreachable(f"the member is gone: {error}") from error
