@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -129,6 +130,22 @@ def test_a_reboot_restores_the_services(site: Site) -> None:
     site.slum("up")
     until(lambda: site.get("web")[0] == 200 and site.get("door")[0] == 200, 30)
     assert site.slum("plan", check=False).code == 0
+
+
+def test_sigterm_of_everything_then_the_boot_command_restores_the_desired_services(site: Site) -> None:
+    once = '[S.once]\ncommand = "true"\nlisten = "none"\nrestart = "never"\n'
+    site.apply(echo(more='restart = "on-failure"') + once)
+    runs = len(site.slum("events", "--kind", "generation_started", "--service", "once", "--json").json)
+    for pid, _command in site.processes():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    until(lambda: kill_all(site) == 0, 20, "all processes are gone")
+    shutil.rmtree(site.run)
+    site.slum("up")
+    until(lambda: site.get("web")[0] == 200, 30)
+    until(lambda: site.ps()["once/main"]["report"]["phase"] == "exited", 10)
+    again = len(site.slum("events", "--kind", "generation_started", "--service", "once", "--json").json)
+    assert again == runs, "what had ended for good was run again"
 
 
 def test_a_reboot_restores_the_services_without_a_control_plane(site: Site) -> None:
