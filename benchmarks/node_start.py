@@ -97,7 +97,12 @@ async def through_slum(home: Home, keeper: KeeperClient, level: Level, number: i
         log=home.logs / name / "current",
         cgroup=limits.prepare(name, memory_mb=None, cpu_shares=None, pids=None),
     )
-    await keeper.spawn(runner.spawn(instance))
+    spawn = runner.spawn(instance)
+    prepared = time.perf_counter()
+    await keeper.spawn(spawn)
+    spawned = time.perf_counter()
+    if os.environ.get("PARTS"):
+        print(f"  prepare {(prepared - started) * 1e3:.2f} ms, spawn {(spawned - prepared) * 1e3:.2f} ms")
     took = await asyncio.to_thread(first_byte, sock, since=started)
     await keeper.signal(instance.name, signal.SIGKILL)
     while any(child.name == instance.name and child.running for child in await keeper.list_children()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -168,3 +169,26 @@ def copy(tmp_path: Path) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         (target / name).write_bytes((ROOT / name).read_bytes())
     return target
+
+
+def test_every_link_in_the_docs_leads_somewhere() -> None:
+    broken = []
+    for page in (ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
+            if "://" not in target and not (page.parent / target).exists():
+                broken.append(f"{page.relative_to(ROOT)} -> {target}")
+    assert not broken
+
+
+def test_the_project_speaks_of_itself_alone() -> None:
+    """No path of a developer's machine, no registry's address."""
+    words = re.compile(r"/work/main|/work/shared|/root/\.pyenv|pypi\.org|deb\.debian\.org|registry\.npmjs")
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    guilty = [
+        name
+        for name in listed
+        if name != "tests/test_project.py"
+        and (ROOT / name).is_file()
+        and words.search((ROOT / name).read_text(errors="replace"))
+    ]
+    assert not guilty
