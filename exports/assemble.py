@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -91,7 +92,7 @@ _LOST = "\0"
 
 def _one(ids: Sequence[str], texts: Sequence[str | None]) -> str | None:
     """Return the template of *texts*, None when there are none, _LOST when no template gives them all."""
-    known = [(id, text) for id, text in zip(ids, texts, strict=True) if text is not None]
+    known = [(one, text) for one, text in zip(ids, texts, strict=True) if text is not None]
     if not known:
         return None
     made = as_one(known) if len(known) == len(texts) else None
@@ -127,7 +128,7 @@ def tenement_of(
     )
 
 
-def variables(env: Mapping[str, str], secrets: Mapping[str, str]) -> dict[str, tuple[EnvVar, ...] | tuple[Secret, ...]]:
+def variables(env: Mapping[str, str], secrets: Mapping[str, str]) -> dict[str, Any]:
     """Return the model's *env* and *secrets*, sorted, as keyword arguments."""
     return {
         "env": tuple(EnvVar(name=name, value=value) for name, value in sorted(env.items())),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
+from slum.credentials import mask
 from slum.frozen import Frozen
 from slum.model import Fleet
 
@@ -70,13 +71,16 @@ class Import(Protocol):
 
 
 class Losses:
-    """Collects losses while an export runs; equal ones are kept once, in the order of their paths."""
+    """Collects losses while an export runs; equal ones are kept once, in the order of their paths.
+
+    A stranger's file may hold a password anywhere: what looks like one is not repeated.
+    """
 
     def __init__(self) -> None:
         self._found: dict[Loss, None] = {}
 
     def add(self, path: str, what: str, why: str, instead: str = "") -> None:
-        self._found[Loss(path=path, what=what, why=why, instead=instead)] = None
+        self._found[Loss(path=path, what=mask(what), why=why, instead=instead)] = None
 
     def all(self) -> tuple[Loss, ...]:
         return tuple(sorted(self._found, key=lambda loss: (loss.path, loss.what)))

@@ -26,10 +26,14 @@ def is_public(domain: str) -> bool:
 
 
 def caddyfile(domain: str, listen: Sequence[str], upstreams: Sequence[Upstream]) -> str:
-    """Return a Caddyfile that serves SERVICE.DOMAIN and ID.SERVICE.DOMAIN; $DOMAIN is set beside it."""
+    """Return a Caddyfile that serves SERVICE.DOMAIN and ID.SERVICE.DOMAIN; $DOMAIN is set beside it.
+
+    Port 443 means TLS, with Caddy's own authority where a *domain* is not a public one.
+    """
     ports = sorted({int(address.rpartition(":")[2]) for address in listen})
-    tls = is_public(domain) and 443 in ports
-    lines = ["{", "\tadmin off", *([] if tls else ["\tauto_https off"]), "}"]
+    tls = 443 in ports
+    certificates = "auto_https off" if not tls else "" if is_public(domain) else "local_certs"
+    lines = ["{", "\tadmin off", *([f"\t{certificates}"] if certificates else []), "}"]
     for upstream in upstreams:
         names = [f"{upstream.id}.{upstream.service}"]
         if upstream.first:

@@ -11,12 +11,24 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from slum.exports.base import File, Losses, Rendered, Site, service_path
-from slum.exports.caddyfile import Upstream, caddyfile, is_public
+from slum.exports.caddyfile import Upstream, caddyfile
 from slum.exports.container import DATA, RUN, Run, own_socket, run_of
 from slum.exports.dockerfile import dockerfile, image_of
 from slum.exports.readme import compose_readme
 from slum.exports.yamltext import dump
-from slum.model import DEFAULT_ID, Deploy, Fleet, Level, Listen, LocalOperator, Restart, Secret, Service, Settings, Tenement
+from slum.model import (
+    DEFAULT_ID,
+    Deploy,
+    Fleet,
+    Level,
+    Listen,
+    LocalOperator,
+    Restart,
+    Secret,
+    Service,
+    Settings,
+    Tenement,
+)
 
 RUNTIMES = {Level.SANDBOX: "runsc", Level.VM: "io.containerd.kata.v2"}
 """Docker's alternative runtimes: gVisor and Kata Containers."""
@@ -86,7 +98,7 @@ def _tenement_files(fleet: Fleet, tenement: Tenement, site: Site, losses: Losses
     project: Yaml = {"name": f"{fleet.name}-{tenement.name}"}
     services: Yaml = {}
     upstreams: list[Upstream] = []
-    runs = [run_of(tenement.name, service, id) for service in tenement.services for id in service.instances]
+    runs = [run_of(tenement.name, service, one) for service in tenement.services for one in service.instances]
     routed = [run for run in runs if run.service.listen is not Listen.NONE]
     by_name = {service.name: service for service in tenement.services}
     router = "caddy" if "caddy" not in by_name else "caddy.router"
@@ -97,7 +109,7 @@ def _tenement_files(fleet: Fleet, tenement: Tenement, site: Site, losses: Losses
     volumes = _volumes(runs)
     if routed:
         services = {router: _router(fleet, tenement, routed), **services}
-        volumes |= {"caddy.data": {}} if _has_tls(fleet, tenement) else {}
+        volumes |= {"caddy.data": {}} if _has_tls(tenement) else {}
         text = caddyfile(fleet.domain, tenement.routing_listen, upstreams)
         yield File(path=f"{tenement.name}/Caddyfile", text=text)
     project["services"] = services
@@ -157,11 +169,11 @@ def _instance(tenement: Tenement, run: Run, by_name: Mapping[str, Service], site
     own["restart"] = RESTARTS[service.restart]
     own["stop_grace_period"] = duration(service.stop_timeout_s)
     needs = {
-        compose_name(by_name[other], id): {
+        compose_name(by_name[other], one): {
             "condition": "service_started" if by_name[other].listen is Listen.NONE else "service_healthy"
         }
         for other in service.depends_on
-        for id in by_name[other].instances
+        for one in by_name[other].instances
     }
     found: Yaml = {}
     if service.pre_deploy is not None:
@@ -225,7 +237,7 @@ def _router(fleet: Fleet, tenement: Tenement, routed: list[Run]) -> Yaml:
             name = compose_name(run.service, run.id)
             kind = "run" if own_socket(run.service) is None else "data"
             volumes.append(f"{name}.{kind}:/run/slum/{name}" + ("" if kind == "run" else ":ro"))
-    volumes += ["caddy.data:/data"] if _has_tls(fleet, tenement) else []
+    volumes += ["caddy.data:/data"] if _has_tls(tenement) else []
     return {
         "image": "caddy:2",
         "restart": "always",
@@ -235,8 +247,8 @@ def _router(fleet: Fleet, tenement: Tenement, routed: list[Run]) -> Yaml:
     }
 
 
-def _has_tls(fleet: Fleet, tenement: Tenement) -> bool:
-    return is_public(fleet.domain) and any(address.endswith(":443") for address in tenement.routing_listen)
+def _has_tls(tenement: Tenement) -> bool:
+    return any(address.endswith(":443") for address in tenement.routing_listen)
 
 
 def _upstream(run: Run) -> Upstream:
@@ -249,7 +261,11 @@ def _upstream(run: Run) -> Upstream:
         base = RUN if own_socket(service) is None else DATA
         to = f"unix//run/slum/{name}{run.socket.removeprefix(base)}"
     return Upstream(
-        service=service.name, id=run.id, first=run.id == service.instances[0], to=to, timeout_s=service.request_timeout_s
+        service=service.name,
+        id=run.id,
+        first=run.id == service.instances[0],
+        to=to,
+        timeout_s=service.request_timeout_s,
     )
 
 

@@ -35,7 +35,7 @@ def import_compose(files: Mapping[str, str]) -> Imported:
     for number, project in enumerate(read):
         if project.tenement in names[:number]:
             raise ConfigError(f"{projects[number]} declares tenement {project.tenement} as another file does")
-    if len(read) == 1:
+    if len(read) <= 1:
         operator: Operator = LocalOperator(name="local")
     else:
         operator = SshOperator(name="machines", hosts=tuple(SshHost(host=name) for name in sorted(names)))
@@ -51,16 +51,15 @@ def import_compose(files: Mapping[str, str]) -> Imported:
 
 
 def companions(path: str, text: str) -> tuple[str, ...]:
-    """Return the files beside *path* that tell more of it, all at or below its folder: Caddyfile and Dockerfiles."""
-    folder = posixpath.dirname(path)
-    found = {posixpath.join(folder, "Caddyfile")}
+    """Return the files that tell more of *path*, relative to its folder and below it: Caddyfile and Dockerfiles."""
+    found = {"Caddyfile"}
     document = load(text, path)
     services = document.get("services") if isinstance(document, dict) else None
     for service in services.values() if isinstance(services, dict) else ():
         build = service.get("build") if isinstance(service, dict) else None
         if isinstance(build, str | dict):
-            found.add(dockerfile_of(folder, build))
-    return tuple(sorted(name for name in found if not posixpath.isabs(name) and ".." not in name.split("/")))
+            found.add(dockerfile_of("", build))
+    return tuple(sorted(name for name in found if not posixpath.isabs(name) and not name.startswith("../")))
 
 
 def dockerfile_of(folder: str, build: str | dict[str, Any]) -> str:
@@ -128,7 +127,7 @@ def _is_router(service: Mapping[str, Any]) -> bool:
 def _tenement(project: Project, operator: str, losses: Losses) -> Tenement:
     found: list[Found] = []
     labels: dict[str, str] = {}
-    interval = Settings().health_check_interval_s
+    intervals: list[float] = []
     once = {name.removesuffix(PRE_DEPLOY): s for name, s in project.services.items() if name.endswith(PRE_DEPLOY)}
     plain = {name: s for name, s in project.services.items() if not name.endswith(PRE_DEPLOY)}
     names: dict[str, str] = {}
@@ -141,14 +140,14 @@ def _tenement(project: Project, operator: str, losses: Losses) -> Tenement:
         read = read_service(project, name, service, names, once.get(name), losses)
         found += read.found
         labels |= read.labels
-        interval = read.interval_s or interval
+        intervals += [] if read.interval_s is None else [read.interval_s]
     found = _apart(found, losses)
     return tenement_of(
         project.tenement,
         operator,
         found,
         losses,
-        settings=Settings(health_check_interval_s=interval),
+        settings=Settings(health_check_interval_s=min(intervals, default=Settings().health_check_interval_s)),
         labels=labels,
         routing=project.listen,
     )
@@ -163,7 +162,10 @@ def _apart(found: list[Found], losses: Losses) -> list[Found]:
         if port is not None and ports.setdefault(port, service.name) != service.name:
             free = next(number for number in range(port + 1, 65536) if number not in ports)
             ports[free] = service.name
-            what, why = f"port {port} becomes {free}", f"{ports[port]} has it, and services of a tenement share a network"
+            what, why = (
+                f"port {port} becomes {free}",
+                f"{ports[port]} has it, and services of a tenement share a network",
+            )
             losses.add(f"services.{service.name}.ports", what, why, "let the program listen on $PORT")
             service = msgspec.structs.replace(service, port=free)
         if service.image is not None and service.isolation not in (Level.SANDBOX, Level.VM):

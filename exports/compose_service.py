@@ -14,6 +14,7 @@ from slum.exports.assemble import RESERVED, VARIABLE, Found, variables
 from slum.exports.base import Losses
 from slum.exports.compose import RESTARTS, RUNTIMES, SHARES_PER_WEIGHT, duration
 from slum.exports.container import APP, DATA, OWN, RUN, SOCKET, as_written
+from slum.exports.dockerfile import read_dockerfile
 from slum.exports.foreign import (
     COMMANDS,
     IGNORED,
@@ -24,7 +25,6 @@ from slum.exports.foreign import (
     repository,
     seconds_of,
 )
-from slum.exports.dockerfile import read_dockerfile
 from slum.exports.interpolation import fill
 from slum.model import DEFAULT_ID, Deploy, Level, Listen, Restart, Service
 
@@ -75,7 +75,8 @@ class _Reader:
         built = self._built()
         self._secrets()
         self._foreign_names()
-        listen = self._listen(built.pop("port", None))
+        exposed = built.pop("port", None)
+        listen = self._listen(exposed if self.table.get("command") is None else None)
         fields: Yaml = {**self._program(built), **listen, **self._limits(), **self._restart(), **built}
         interval = self._health(fields)
         if once is not None:
@@ -83,7 +84,13 @@ class _Reader:
             fields["pre_deploy"] = words[2] if len(words) == 3 else shlex.join(words)
         needs = self.table.get("depends_on") or {}
         fields["depends_on"] = tuple(
-            sorted({self.names[str(n)] for n in needs if self.names.get(str(n), self.names[self.name]) != self.names[self.name]})
+            sorted(
+                {
+                    self.names[str(n)]
+                    for n in needs
+                    if self.names.get(str(n), self.names[self.name]) != self.names[self.name]
+                }
+            )
         )
         for key in self.table:
             if key not in IGNORED and not str(key).startswith("x-"):
@@ -92,7 +99,7 @@ class _Reader:
         ids = [self.own.get("SLUM_INSTANCE", DEFAULT_ID)]
         ids = ids if self.ours else self._replicas(fields)
         service = Service(name=self.names[self.name], **fields)
-        found = tuple(Found(tenement=self.project.tenement, id=id, service=service) for id in ids)
+        found = tuple(Found(tenement=self.project.tenement, id=one, service=service) for one in ids)
         return Read(found=found, labels=self._labels(), interval_s=interval)
 
     def lost(self, key: str, what: str, why: str, instead: str = "") -> None:
@@ -127,8 +134,13 @@ class _Reader:
                 self.lost(f"environment.{key}", "a variable", "slum's variables are of A-Z, a-z, 0-9 and _")
                 continue
             alone = key if value is None else fill(str(value)).alone
-            if alone is not None and (value is None or not fill(str(value)).defaulted):
+            filled = fill("" if value is None else str(value))
+            if alone is not None and not filled.defaulted:
                 secrets[key] = f"env:{alone}"  # read where it runs, like Compose reads it where it is started
+            elif filled.missing:
+                why = f"${{{', '.join(filled.missing)}}} is not known here, so the whole text is read where it runs"
+                self.lost(f"environment.{key}", str(value), why, f"set {key} for the agent, or `file:/etc/slum/{key}`")
+                secrets[key] = f"env:{key}"
             else:
                 env[key] = self.text(value, f"environment.{key}")
         return env, secrets
@@ -166,7 +178,12 @@ class _Reader:
             if kind == "volume":
                 named.append((source, target))
             elif kind == "bind":
-                self.lost("volumes", f"{source} at {target}", "a service sees no folder of the machine", "put it into `source`")
+                self.lost(
+                    "volumes",
+                    f"{source} at {target}",
+                    "a service sees no folder of the machine",
+                    "put it into `source`",
+                )
         for source, target in named:
             place = "{data_dir}" if len(named) == 1 else f"{{data_dir}}/{source}"
             self.places[target] = place
@@ -178,9 +195,11 @@ class _Reader:
         build, image = self.table.get("build"), self.table.get("image")
         if build is None:
             return {} if image is None else {"image": self.text(image, "image")}
-        table = {"context": build} if isinstance(build, str) else dict(build)
+        table: Yaml = {"context": build} if isinstance(build, str) else dict(build)
         context = self.text(table.get("context", "."), "build.context")
-        where = posixpath.normpath(posixpath.join(self.project.folder, context, str(table.get("dockerfile", "Dockerfile"))))
+        where = posixpath.normpath(
+            posixpath.join(self.project.folder, context, str(table.get("dockerfile", "Dockerfile")))
+        )
         text = str(table.get("dockerfile_inline") or self.project.files.get(where, ""))
         ours = read_dockerfile(text)
         if ours is not None:
@@ -196,7 +215,9 @@ class _Reader:
         if not text:
             self.lost("build", where, "its Dockerfile was not there to be read", "write `build` and `command`")
         told = read_foreign_dockerfile(text)
-        self.lost("build", f"FROM {told.image or '?'}", "a service runs on its machine's own programs", "install them there")
+        self.lost(
+            "build", f"FROM {told.image or '?'}", "a service runs on its machine's own programs", "install them there"
+        )
         if told.build:
             found["build"] = told.build
         found |= {"_command": told.command} if told.command else {}
@@ -224,8 +245,14 @@ class _Reader:
         elif image and not self.ours and "entrypoint" not in self.table:
             entry = COMMANDS.get(repository(image), ())[:1]
             command = (*entry, *command) if entry and entry[0].endswith("entrypoint.sh") else command
+        if command and image and not self.ours and command[0].startswith("-"):
+            program = repository(image).rpartition("/")[2]
+            self.lost("command", program, "the image's entry point is not in this file; its name was taken")
+            command = (program, *command)
         if not command:
-            self.lost("command", image or "of the image", "the image's own command is not in this file", "write `command`")
+            self.lost(
+                "command", image or "of the image", "the image's own command is not in this file", "write `command`"
+            )
             command = NOT_KNOWN
         fields: Yaml = {"command": tuple(self.written(word) for word in command)}
         workdir = self.table.get("working_dir")
@@ -267,7 +294,11 @@ class _Reader:
     def _own_listen(self) -> Yaml:
         fields: Yaml = {"deploy": Deploy.REPLACE}
         if "PORT" in self.own:
-            return fields | {"listen": Listen.PORT, "port": int(self.own["PORT"])} | self._timeout(f"127.0.0.1:{self.own['PORT']}")
+            return (
+                fields
+                | {"listen": Listen.PORT, "port": int(self.own["PORT"])}
+                | self._timeout(f"127.0.0.1:{self.own['PORT']}")
+            )
         path = self.own.get("SOCKET_PATH")
         if path is None:
             return fields | {"listen": Listen.NONE}
@@ -285,7 +316,10 @@ class _Reader:
 
     def _limits(self) -> Yaml:
         limits = ((self.table.get("deploy") or {}).get("resources") or {}).get("limits") or {}
-        memory, pids = self.table.get("mem_limit", limits.get("memory")), self.table.get("pids_limit", limits.get("pids"))
+        memory, pids = (
+            self.table.get("mem_limit", limits.get("memory")),
+            self.table.get("pids_limit", limits.get("pids")),
+        )
         cpus = self.table.get("cpus", limits.get("cpus"))
         vm = self.table.get("runtime") == RUNTIMES[Level.VM]
         fields: Yaml = {}
@@ -328,7 +362,9 @@ class _Reader:
         elif test is not None:
             self.lost("healthcheck", " ".join(words)[:80], "a service that takes no requests is not probed")
         if (start := check.get("start_period")) is not None:
-            fields["startup_timeout_s"] = min(3600.0, max(0.1, seconds_of(self.text(start, "healthcheck.start_period"))))
+            fields["startup_timeout_s"] = min(
+                3600.0, max(0.1, seconds_of(self.text(start, "healthcheck.start_period")))
+            )
         interval = check.get("interval")
         if interval is None:
             return None
@@ -348,7 +384,9 @@ class _Reader:
                 continue
             path = fill(str(declared.get("file", ""))).text
             if not path.startswith("/"):
-                self.lost(f"secrets.{source}", path or "external", "slum reads it on the machine", f"/etc/slum/{source}")
+                self.lost(
+                    f"secrets.{source}", path or "external", "slum reads it on the machine", f"/etc/slum/{source}"
+                )
                 path = f"/etc/slum/{source}"
             self.secrets[name] = f"file:{path}"
 
@@ -358,7 +396,12 @@ class _Reader:
         for key, value in list(self.env.items()):
             if key.endswith("_FILE") and value == f"/run/secrets/{base}":
                 del self.env[key]
-                self.lost(f"environment.{key}", value, "slum gives secrets as variables", f"{key.removesuffix('_FILE')} is set")
+                self.lost(
+                    f"environment.{key}",
+                    value,
+                    "slum gives secrets as variables",
+                    f"{key.removesuffix('_FILE')} is set",
+                )
                 return key.removesuffix("_FILE")
         name = re.sub(r"[^A-Za-z0-9_]", "_", base).upper()
         self.lost("secrets", f"/run/secrets/{base}", "slum gives secrets as variables, not as files", f"${name}")

@@ -96,7 +96,7 @@ def as_one(texts: Sequence[tuple[str, str]]) -> str | None:
     """Return one template that gives each (id, written text), with ``{id}`` where they differ; None if there is none."""
     if len({text for _, text in texts}) == 1:
         return texts[0][1]
-    ids = [id for id, _ in texts]
+    ids = [one for one, _ in texts]
     bodies = [text for _, text in texts]
     ends = tuple(len(body) for body in bodies)
     tried: set[tuple[int, ...]] = set()
@@ -108,8 +108,8 @@ def as_one(texts: Sequence[tuple[str, str]]) -> str | None:
         if at in tried:
             continue
         tried.add(at)
-        if all(body.startswith(id, n) for body, id, n in zip(bodies, ids, at, strict=True)):
-            stack.append((tuple(n + len(id) for n, id in zip(at, ids, strict=True)), made + "{id}"))
+        if all(body.startswith(one, n) for body, one, n in zip(bodies, ids, at, strict=True)):
+            stack.append((tuple(n + len(one) for n, one in zip(at, ids, strict=True)), made + "{id}"))
         letters = {body[n : n + 1] for body, n in zip(bodies, at, strict=True)}
         if len(letters) == 1 and "" not in letters:
             stack.append((tuple(n + 1 for n in at), made + letters.pop()))

@@ -51,7 +51,7 @@ case "$tcp" in
     if [ "${FLY_PROCESS_GROUP:-}" = "${tcp#*:}" ]; then tcp=${tcp%%:*}; else tcp=-; unset LISTEN_FDS SOCKET_PATH PORT; fi ;;
 esac
 if [ -n "${LISTEN_FDS:-}" ]; then
-  exec perl -MSocket -e '
+  exec perl -Mstrict -MSocket=:all -e '
     $^F = 3;
     my $tcp = shift; my $s;
     if ($tcp eq "-") {

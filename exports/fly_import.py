@@ -8,6 +8,7 @@ from __future__ import annotations
 import posixpath
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -17,7 +18,7 @@ from slum.exports.assemble import RESERVED, VARIABLE, Found, name_of, tenement_o
 from slum.exports.base import Imported, Losses
 from slum.exports.container import APP, DATA, OWN, SOCKET, as_written
 from slum.exports.dockerfile import read_dockerfile
-from slum.exports.flytoml import CHDIR, OPERATOR, ORG
+from slum.exports.flytoml import CHDIR, OPERATOR, ORG, fleet_of
 from slum.exports.foreign import bytes_of, read_foreign_dockerfile, seconds_of
 from slum.model import (
     DEFAULT_ID,
@@ -35,8 +36,39 @@ from slum.model import (
 REGION = "iad"
 IDLE_S = 300.0
 """About what Fly's proxy waits before it stops a machine without requests."""
+_NO_FOLDER = Path()
 READ = frozenset(
-    "app primary_region kill_signal kill_timeout build deploy env processes mounts http_service services checks restart vm".split()
+    [
+        "app",
+        "primary_region",
+        "kill_signal",
+        "kill_timeout",
+        "build",
+        "deploy",
+        "env",
+        "processes",
+        "mounts",
+        "http_service",
+        "services",
+        "checks",
+        "restart",
+        "vm",
+    ]
+)
+ADDRESS = frozenset(
+    [
+        "internal_port",
+        "force_https",
+        "auto_stop_machines",
+        "auto_start_machines",
+        "min_machines_running",
+        "processes",
+        "checks",
+        "http_checks",
+        "tcp_checks",
+        "protocol",
+        "ports",
+    ]
 )
 Toml = dict[str, Any]
 
@@ -67,15 +99,20 @@ def import_fly(files: Mapping[str, str]) -> Imported:
     for app in apps:
         by_tenement.setdefault(app.tenement, []).append(app)
     operators: dict[Machine, str] = {}
+    volumes: dict[str, int] = {}
     tenements = []
     for name, members in sorted(by_tenement.items()):
-        volume = max(app.machine.volume_gb for app in members)
-        machine = msgspec.structs.replace(max(app.machine for app in members), volume_gb=volume or _DEFAULT.volume_gb)
+        # Only an app with a mount tells the size of its volume, so that alone makes no other operator.
+        machine = msgspec.structs.replace(max(app.machine for app in members), volume_gb=0)
         operator = operators.setdefault(machine, OPERATOR if not operators else f"{OPERATOR}-{len(operators) + 1}")
+        volumes[operator] = max(volumes.get(operator, 0), *(app.machine.volume_gb for app in members))
         tenements.append(_tenement(name, operator, members, losses))
     fleet = Fleet(
         name=next((app.fleet for app in apps if app.fleet), "default"),
-        operators=tuple(_operator(name, machine) for machine, name in sorted(operators.items(), key=lambda item: item[1])),
+        operators=tuple(
+            _operator(name, machine, volumes[name])
+            for machine, name in sorted(operators.items(), key=lambda item: item[1])
+        ),
         tenements=tuple(tenements),
     )
     return Imported(fleet=fleet, losses=losses.all())
@@ -85,14 +122,13 @@ _DEFAULT = FlyOperator(name=OPERATOR, org=ORG, region=REGION)
 
 
 def companions(path: str, text: str) -> tuple[str, ...]:
-    """Return the Dockerfile beside *path*, when it names one at or below its folder."""
-    build = tomlfile.parse(text.encode(), path, _NO_FOLDER).data.get("build")
-    name = str(build.get("dockerfile", "Dockerfile")) if isinstance(build, dict) else "Dockerfile"
-    where = posixpath.normpath(posixpath.join(posixpath.dirname(path), name))
-    return () if posixpath.isabs(name) or ".." in name.split("/") else (where,)
+    """Return the Dockerfile that *path* names, relative to its folder, when it lies below it."""
+    build = _dict(tomlfile.parse(text.encode(), path, _NO_FOLDER).data.get("build"))
+    name = posixpath.normpath(str(build.get("dockerfile", "Dockerfile")))
+    return () if posixpath.isabs(name) or name.startswith("../") else (name,)
 
 
-def _operator(name: str, machine: Machine) -> FlyOperator:
+def _operator(name: str, machine: Machine, volume_gb: int) -> FlyOperator:
     return FlyOperator(
         name=name,
         org=ORG,
@@ -100,7 +136,7 @@ def _operator(name: str, machine: Machine) -> FlyOperator:
         cpu_kind=machine.cpu_kind,
         cpus=machine.cpus,
         memory_mb=machine.memory_mb,
-        volume_gb=machine.volume_gb,
+        volume_gb=volume_gb or _DEFAULT.volume_gb,
     )
 
 
@@ -155,24 +191,30 @@ class _App:
         groups = groups or {"app": None}
         names = {group: group if self.ours else self._service_name(group, groups) for group in groups}
         found = tuple(
-            Found(tenement=tenement, id=self.own.get("SLUM_INSTANCE", DEFAULT_ID), service=self._service(group, command, names))
+            Found(
+                tenement=tenement,
+                id=self.own.get("SLUM_INSTANCE", DEFAULT_ID),
+                service=self._service(group, command, names),
+            )
             for group, command in groups.items()
         )
-        return App(tenement=tenement, fleet=self._fleet(tenement, names), machine=self._machine(), found=found, settings=self._settings())
+        return App(
+            tenement=tenement,
+            fleet=self._fleet(tenement, names),
+            machine=self._machine(),
+            found=found,
+            settings=self._settings(),
+        )
 
     def _service_name(self, group: str, groups: Mapping[str, object]) -> str:
         only = list(groups) == ["app"]
         return name_of(str(self.table.get("app", "app")) if only else group)
 
     def _fleet(self, tenement: str, names: Mapping[str, str]) -> str:
-        app = str(self.table.get("app", ""))
         if not self.ours:
             return ""
-        for name in names.values():
-            for end in (f"-{tenement}-{name}", f"-{tenement}-{name}-{self.own['SLUM_INSTANCE']}"):
-                if app.endswith(end):
-                    return app.removesuffix(end)
-        return ""
+        lead = next(iter(names.values()))
+        return fleet_of(str(self.table.get("app", "")), tenement, lead, self.own["SLUM_INSTANCE"])
 
     def _plain(self, env: dict[str, str]) -> dict[str, str]:
         for key in list(env):
@@ -197,9 +239,16 @@ class _App:
 
     def _settings(self) -> Settings:
         plain = Settings()
-        checks = [*_list(_dict(self.table.get("http_service")).get("checks")), *_dict(self.table.get("checks")).values()]
-        interval = next((seconds_of(str(c["interval"])) for c in checks if "interval" in c), plain.health_check_interval_s)
-        retries = next((int(r["retries"]) for r in _list(self.table.get("restart")) if "retries" in r), plain.max_restarts)
+        checks = [
+            *_list(_dict(self.table.get("http_service")).get("checks")),
+            *_dict(self.table.get("checks")).values(),
+        ]
+        interval = next(
+            (seconds_of(str(c["interval"])) for c in checks if "interval" in c), plain.health_check_interval_s
+        )
+        retries = next(
+            (int(r["retries"]) for r in _list(self.table.get("restart")) if "retries" in r), plain.max_restarts
+        )
         return Settings(health_check_interval_s=max(0.1, interval), max_restarts=min(1000, retries))
 
     def _service(self, group: str, command: str | None, names: Mapping[str, str]) -> Service:
@@ -240,14 +289,18 @@ class _App:
             found: Toml = {"image": ours.image, "build": ours.build}
             if ours.has_source and ours.context is not None:
                 context = ours.context
-                found["source"] = context if context.startswith("/") else posixpath.normpath(posixpath.join(self.folder, context))
+                found["source"] = (
+                    context if context.startswith("/") else posixpath.normpath(posixpath.join(self.folder, context))
+                )
             return {key: value for key, value in found.items() if value is not None}
         if build.get("image"):
             return {"image": str(build["image"])}
         if not text:
             self.lost("build", name, "its Dockerfile was not there to be read", "write `build` and `command`")
         told = read_foreign_dockerfile(text)
-        self.lost("build", f"FROM {told.image or '?'}", "a service runs on its machine's own programs", "install them there")
+        self.lost(
+            "build", f"FROM {told.image or '?'}", "a service runs on its machine's own programs", "install them there"
+        )
         fields: Toml = {"source": self.folder or "."}
         fields |= {"build": told.build} if told.build else {}
         return fields | {"_command": told.command, "_port": told.port}
@@ -265,7 +318,10 @@ class _App:
 
     def _address(self, group: str) -> Toml | None:
         """Return the http_service or service that *group* answers for."""
-        for table in (*_list([self.table["http_service"]] if "http_service" in self.table else []), *_list(self.table.get("services"))):
+        for table in (
+            *_list([self.table["http_service"]] if "http_service" in self.table else []),
+            *_list(self.table.get("services")),
+        ):
             if group in (table.get("processes") or [group]):
                 return table
         return None
@@ -274,6 +330,9 @@ class _App:
         if http is None:
             return {"listen": Listen.NONE}
         fields: Toml = {}
+        for key in http:
+            if key not in ADDRESS and not self.ours:
+                self.lost(f"http_service.{key}", str(http[key]), "slum's router has nothing like it")
         if not self.ours:
             port = int(http.get("internal_port", exposed or 8080))
             fields |= {"listen": Listen.PORT, "port": port}
@@ -294,7 +353,9 @@ class _App:
         if sleeps and fields["listen"] is Listen.FD:
             fields["idle_timeout_s"] = IDLE_S
         elif sleeps:
-            self.lost("http_service.auto_stop_machines", "stop", 'a service that sleeps needs listen = "fd"', "`idle_timeout`")
+            self.lost(
+                "http_service.auto_stop_machines", "stop", 'a service that sleeps needs listen = "fd"', "`idle_timeout`"
+            )
         return fields
 
     def _restart(self, group: str) -> Restart:
@@ -303,11 +364,6 @@ class _App:
             if group in (policy.get("processes") or [group]):
                 return kinds.get(str(policy.get("policy")), Restart.ALWAYS)
         return Restart.ON_FAILURE
-
-
-from pathlib import Path as _Path  # noqa: E402
-
-_NO_FOLDER = _Path()
 
 
 def _dict(value: object) -> Toml:

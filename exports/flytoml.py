@@ -75,7 +75,7 @@ def export_fly(fleet: Fleet, site: Site) -> Rendered:
         told.append((name, name, _context(tenement, runs[0].service, site, up=""), tuple(_commands(fleet, app))))
     _fleet_losses(fleet, groups, names, losses)
     for tenement in fleet.tenements:
-        _tenement_losses(tenement, losses)
+        _tenement_losses(tenement, losses, alone=len({t.operator for t, _ in groups}) == 1)
         for service in tenement.services:
             _service_losses(tenement, service, losses)
     if files:
@@ -87,9 +87,9 @@ def _groups(tenement: Tenement) -> list[tuple[Run, ...]]:
     """Return the instances of *tenement*, those together that one app can run; the one with an address first."""
     found: dict[object, list[Run]] = {}
     for service in tenement.services:
-        for id in service.instances:
-            run = run_of(tenement.name, service, id)
-            alike = (id, service.source, service.build, service.image, run.env, service.secrets, service.pre_deploy)
+        for one in service.instances:
+            run = run_of(tenement.name, service, one)
+            alike = (one, service.source, service.build, service.image, run.env, service.secrets, service.pre_deploy)
             key: object = (*alike, service.deploy, service.stop_timeout_s)
             members = found.setdefault(key, [])
             if service.listen is not Listen.NONE and any(m.service.listen is not Listen.NONE for m in members):
@@ -131,7 +131,9 @@ def _context(tenement: Tenement, service: Service, site: Site, *, up: str) -> st
 def _app_files(tenement: Tenement, app: App, operator: Operator | None, site: Site) -> Iterator[File]:
     lead = app.runs[0].service
     machine = operator if isinstance(operator, FlyOperator) else None
-    head = f"# {tenement.name}: deploy with the command in README.md. What slum says and this file cannot: losses.json.\n"
+    head = (
+        f"# {tenement.name}: deploy with the command in README.md. What slum says and this file cannot: losses.json.\n"
+    )
     yield File(path=f"{app.name}/fly.toml", text=head + _text(_toml(tenement, app, machine)))
     routed = app.routed
     tcp = "-" if routed is None else f"{internal_port(routed.service)}:{routed.service.name}"
@@ -149,7 +151,9 @@ def _text(document: Toml) -> str:
     if not checks:
         return before + mark + after
     own, blank, others = after.partition("\n\n")
-    made = "".join("\n\n[[http_service.checks]]\n" + tomli_w.dumps(check).rstrip() for check in checks["http_service"]["checks"])
+    made = "".join(
+        "\n\n[[http_service.checks]]\n" + tomli_w.dumps(check).rstrip() for check in checks["http_service"]["checks"]
+    )
     return before + mark + own + made + blank + others
 
 
@@ -164,7 +168,10 @@ def _toml(tenement: Tenement, app: App, machine: FlyOperator | None) -> Toml:
     document: Toml = {"app": app.name}
     if machine is not None:
         document["primary_region"] = machine.region
-    document |= {"kill_signal": "SIGTERM", "kill_timeout": duration(min(lead.service.stop_timeout_s, KILL_TIMEOUT_MAX_S))}
+    document |= {
+        "kill_signal": "SIGTERM",
+        "kill_timeout": duration(min(lead.service.stop_timeout_s, KILL_TIMEOUT_MAX_S)),
+    }
     document["build"] = {"dockerfile": "Dockerfile"}
     document["deploy"] = {"strategy": "bluegreen" if _overlaps(app) else "rolling"}
     if lead.service.pre_deploy is not None:
@@ -237,10 +244,8 @@ def _restart(tenement: Tenement, run: Run) -> Toml:
 def _vms(app: App, machine: FlyOperator) -> list[Toml]:
     kind: Toml = {"cpu_kind": machine.cpu_kind, "cpus": machine.cpus}
     found: list[Toml] = [kind | {"memory": f"{machine.memory_mb}mb"}]
-    for run in app.runs:
-        if (memory := _memory_mb(run.service)) is not None:
-            found.append(kind | {"memory": f"{memory}mb", "processes": [run.service.name]})
-    return found
+    limited = [(run.service.name, memory) for run in app.runs if (memory := _memory_mb(run.service)) is not None]
+    return found + [kind | {"memory": f"{memory}mb", "processes": [name]} for name, memory in limited]
 
 
 def _memory_mb(service: Service) -> int | None:
@@ -264,14 +269,13 @@ def _commands(fleet: Fleet, app: App) -> Iterator[str]:
 def _fleet_losses(
     fleet: Fleet, groups: Sequence[tuple[Tenement, tuple[Run, ...]]], names: Sequence[str], losses: Losses
 ) -> None:
-    told = any(
-        name.startswith(f"{fleet.name}-{t.name}-{runs[0].service.name}") and not _is_shortened(name, fleet, t, runs[0])
-        for (t, runs), name in zip(groups, names, strict=True)
-    )
-    if fleet.name != "default" and not told:
-        losses.add("fleet.name", fleet.name, "an app's name has 63 characters", "a shorter name")
+    told = (fleet_of(n, t.name, r[0].service.name, r[0].id) for (t, r), n in zip(groups, names, strict=True))
+    if next(filter(None, told), "default") != fleet.name:
+        losses.add("fleet.name", fleet.name, "no app's name, of 63 characters, tells it beyond doubt", "another name")
     if fleet.domain != "localhost":
-        losses.add("fleet.domain", fleet.domain, "fly.toml names no hosts", "`fly certs add HOST --app APP`, see README.md")
+        losses.add(
+            "fleet.domain", fleet.domain, "fly.toml names no hosts", "`fly certs add HOST --app APP`, see README.md"
+        )
     used = {t.operator: t for t, _ in groups}
     mounted = {t.operator for t, runs in groups if any(run.uses_data for run in runs)}
     for operator in fleet.operators:
@@ -289,23 +293,38 @@ def _fleet_losses(
             } | ({} if operator.name in mounted else {"volume_gb": "no service writes into its folder"})
             for key, reason in why.items():
                 if getattr(operator, key) != getattr(_DEFAULT, key):
-                    losses.add(f"{at}.{key}", str(getattr(operator, key)), reason, "`fly apps create --org`" if key == "org" else "")
+                    losses.add(
+                        f"{at}.{key}",
+                        str(getattr(operator, key)),
+                        reason,
+                        "`fly apps create --org`" if key == "org" else "",
+                    )
 
 
-def _is_shortened(name: str, fleet: Fleet, tenement: Tenement, lead: Run) -> bool:
-    parts = [fleet.name, tenement.name, lead.service.name]
-    return name != "-".join(parts if lead.service.instances == (DEFAULT_ID,) else [*parts, lead.id])
+def fleet_of(app: str, tenement: str, service: str, instance: str) -> str:
+    """Return the fleet that an app's name tells, given the first of its services; "" when it tells none."""
+    plain = f"-{tenement}-{service}"
+    for end in (f"{plain}-{instance}", *((plain,) if instance == DEFAULT_ID else ())):
+        if app.endswith(end):
+            return app.removesuffix(end)
+    return ""
 
 
-def _tenement_losses(tenement: Tenement, losses: Losses) -> None:
+def _tenement_losses(tenement: Tenement, losses: Losses, *, alone: bool) -> None:
+    """Several operators' tenements come back with operators named by what their apps say of machines."""
     at = f"tenement.{tenement.name}"
     if not tenement.services:
         losses.add(at, "a machine without services", "an app has nothing to run there")
         return
-    if tenement.operator != OPERATOR:
+    if tenement.operator != OPERATOR or not alone:
         losses.add(f"{at}.operator", tenement.operator, "a fly.toml runs on Fly's machines, whoever asks for them")
     if tenement.count > 1:
-        losses.add(f"{at}.count", str(tenement.count), "fly.toml has no number of machines", f"`fly scale count {tenement.count}`")
+        losses.add(
+            f"{at}.count",
+            str(tenement.count),
+            "fly.toml has no number of machines",
+            f"`fly scale count {tenement.count}`",
+        )
     if tenement.labels:
         names = ", ".join(label.name for label in tenement.labels)
         losses.add(f"{at}.labels", names, "fly.toml has no metadata", "`fly machine update --metadata`")
@@ -335,7 +354,7 @@ def _service_losses(tenement: Tenement, service: Service, losses: Losses) -> Non
         losses.add(service_path(tenement.name, service.name, key), str(what), why, instead)
 
     listens, default = service.listen is not Listen.NONE, Service(name="x", command=())
-    runs = [run_of(tenement.name, service, id) for id in service.instances]
+    runs = [run_of(tenement.name, service, one) for one in service.instances]
     if service.isolation is not Level.NAMESPACE:
         lost("isolation", f'"{service.isolation}"', "every Fly machine is a Firecracker VM of its own")
     if service.deploy is Deploy.OVERLAP and any(run.uses_data for run in runs):
@@ -348,7 +367,9 @@ def _service_losses(tenement: Tenement, service: Service, losses: Losses) -> Non
         where = f"127.0.0.1:{service.port}"
         lost("port", where, "every app is a machine of its own", f"APP.internal:{internal_port(service)}")
     for secret in service.secrets:
-        lost(f"secrets.{secret.name}", secret.source, "fly.toml holds no secrets", f"`fly secrets set {secret.name}=...`")
+        lost(
+            f"secrets.{secret.name}", secret.source, "fly.toml holds no secrets", f"`fly secrets set {secret.name}=...`"
+        )
     if service.depends_on:
         lost("depends_on", ", ".join(service.depends_on), "apps start on their own", "let the program try again")
     if service.idle_timeout_s is not None:

@@ -39,9 +39,43 @@ PORTS: Mapping[str, int] = {
     "getmeili/meilisearch": 7700,
 }
 IGNORED = frozenset(
-    "build image command entrypoint environment working_dir runtime ports expose volumes tmpfs mem_limit pids_limit cpus "
-    "cpu_shares restart stop_grace_period healthcheck secrets labels depends_on read_only cap_drop security_opt init "
-    "network_mode platform pull_policy container_name hostname networks tty stdin_open deploy scale".split()
+    [
+        "build",
+        "image",
+        "command",
+        "entrypoint",
+        "environment",
+        "working_dir",
+        "runtime",
+        "ports",
+        "expose",
+        "volumes",
+        "tmpfs",
+        "mem_limit",
+        "pids_limit",
+        "cpus",
+        "cpu_shares",
+        "restart",
+        "stop_grace_period",
+        "healthcheck",
+        "secrets",
+        "labels",
+        "depends_on",
+        "read_only",
+        "cap_drop",
+        "security_opt",
+        "init",
+        "network_mode",
+        "platform",
+        "pull_policy",
+        "container_name",
+        "hostname",
+        "networks",
+        "tty",
+        "stdin_open",
+        "deploy",
+        "scale",
+    ]
 )
 """Keys that are read, or that a level of isolation answers for."""
 WHY: Mapping[str, str] = {
@@ -79,15 +113,19 @@ def read_foreign_dockerfile(text: str) -> Told:
     entry: tuple[str, ...] = ()
     command: tuple[str, ...] = ()
     builds: list[str] = []
+    stages: dict[str, tuple[str, list[str]]] = {}
     for line in joined.splitlines():
         word, _, rest = line.strip().partition(" ")
         rest = rest.strip()
         match word.upper():
             case "FROM":
-                image = next((part for part in rest.split() if not part.startswith("--")), "")
-                entry, command, builds, port = (), (), [], None
+                parts = [part for part in rest.split() if not part.startswith("--")] or [""]
+                image, before = stages.get(parts[0], (parts[0], []))
+                entry, command, builds, port = (), (), list(before), None
+                if len(parts) == 3:
+                    stages[parts[2]] = (image, builds)
             case "RUN" if _BUILDS.search(rest) and "apt-get" not in rest and "<<" not in rest:
-                builds.append(" ".join(part for part in rest.split(" ") if not part.startswith("--mount=")))
+                builds.append(" ".join(part for part in rest.split(" ") if part and not part.startswith("--mount=")))
             case "CMD":
                 command = _words(rest)
             case "ENTRYPOINT":

@@ -39,13 +39,17 @@ class Attribute(msgspec.Struct, frozen=True):
 Value = str | int | bool | None | Raw | Sequence["Value"] | Mapping[str, "Value"]
 Item = Attribute | Block | str
 
+OMIT = Raw("")
+"""Stands for no attribute at all, which is something else than null."""
+
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 _TEMPLATE = re.compile(r"([$%])(\1*)\{")
 _SIMPLE = {"\n": "\\n", "\r": "\\r", "\t": "\\t", '"': '\\"', "\\": "\\\\"}
 
 
 def block(kind: str, /, *labels: str, body: Sequence[Item] = (), **attributes: Value) -> Block:
-    """Return a block with *attributes* first, then *body*."""
+    """Return a block with *attributes* first, then *body*; an attribute that is OMIT is left out."""
+    attributes = {name: value for name, value in attributes.items() if value is not OMIT}
     return Block(kind, labels, (*(Attribute(name, value) for name, value in attributes.items()), *body))
 
 

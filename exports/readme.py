@@ -13,7 +13,9 @@ def losses_note(losses: Sequence[Loss]) -> str:
     if not losses:
         return "Everything that slum.toml says of these services is in these files.\n"
     count = f"{len(losses)} thing{'s' if len(losses) > 1 else ''}"
-    return f"{count} that slum.toml says could not be said here: see `{LOSSES}`, with the reason and what to do instead.\n"
+    return (
+        f"{count} that slum.toml says could not be said here: see `{LOSSES}`, with the reason and what to do instead.\n"
+    )
 
 
 def compose_readme(fleet: Fleet, tenements: Sequence[Tenement], losses: Sequence[Loss]) -> str:
@@ -31,7 +33,7 @@ def compose_readme(fleet: Fleet, tenements: Sequence[Tenement], losses: Sequence
         "- The images in the Dockerfiles were chosen by the commands: put the programs in that your services need.",
         "- A secret's file must be readable by user 10001; `environment` secrets are read from your shell.",
         "- A `.slumignore` is not read by Docker: copy it to `.dockerignore`.",
-        '- `runtime: runsc` needs gVisor, `runtime: io.containerd.kata.v2` Kata Containers on the machine.',
+        "- `runtime: runsc` needs gVisor, `runtime: io.containerd.kata.v2` Kata Containers on the machine.",
         "",
     ]
     return "\n".join(lines) + losses_note(losses)
@@ -52,13 +54,21 @@ def fly_readme(fleet: Fleet, apps: Sequence[tuple[str, str, str, Sequence[str]]]
     for folder, app, context, more in apps:
         lines += [f"## {app}", "", f"    fly apps create {app}", *(f"    {command}" for command in more)]
         lines += [f"    fly deploy {context} --config {folder}/fly.toml", ""]
-    lines += ["The images in the Dockerfiles were chosen by the commands: put the programs in that your services need.", ""]
+    lines += [
+        "The images in the Dockerfiles were chosen by the commands: put the programs in that your services need.",
+        "",
+    ]
     return "\n".join(lines) + losses_note(losses)
 
 
 def terraform_readme(fleet: Fleet, variables: Sequence[tuple[str, str]], losses: Sequence[Loss]) -> str:
     """Return how to plan and apply; *variables* are (name, meaning) of those that have no default."""
-    lines = [f"# {fleet.name}: Terraform", "", "Makes the machines of the fleet; each joins the control plane by itself.", ""]
+    lines = [
+        f"# {fleet.name}: Terraform",
+        "",
+        "Makes the machines of the fleet; each joins the control plane by itself.",
+        "",
+    ]
     lines += ["    terraform init", "    terraform plan", "    terraform apply", ""]
     if variables:
         lines += ["Give these first, as `TF_VAR_name` or in a `.tfvars` file that is not committed:", ""]

@@ -48,7 +48,11 @@ def slum_toml(fleet: Fleet) -> str:
 
 def _operator(operator: Operator) -> Toml:
     kind = operator_type(operator)
-    return {"type": kind} | ({} if isinstance(operator, LocalOperator) and not operator.member else _keys(operator, filekeys.OPERATORS[kind][1]))
+    return {"type": kind} | (
+        {}
+        if isinstance(operator, LocalOperator) and not operator.member
+        else _keys(operator, filekeys.OPERATORS[kind][1])
+    )
 
 
 def _tenement(tenement: Tenement) -> Toml:

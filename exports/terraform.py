@@ -13,7 +13,7 @@ from importlib.resources import files
 
 from slum.cloudinit import cloud_init
 from slum.exports.base import File, Losses, Rendered, Site
-from slum.exports.hcl import Attribute, Block, Item, Raw, Value, block, document, identifier, is_exact
+from slum.exports.hcl import OMIT, Attribute, Block, Item, Raw, Value, block, document, identifier, is_exact
 from slum.exports.readme import terraform_readme
 from slum.model import (
     Fleet,
@@ -88,7 +88,11 @@ def _versions(kinds: Sequence[str]) -> list[Item]:
 
 
 def _token_source(operator: Operator) -> tuple[str, str | None]:
-    return (operator.token_env, operator.secrets_ref) if isinstance(operator, HetznerOperator | FlyOperator) else ("", None)
+    return (
+        (operator.token_env, operator.secrets_ref)
+        if isinstance(operator, HetznerOperator | FlyOperator)
+        else ("", None)
+    )
 
 
 def _token_variable(operator: Operator, aliased: set[str]) -> str:
@@ -102,9 +106,10 @@ def _providers(used: Sequence[Operator], aliased: set[str]) -> list[Item]:
     for operator in used:
         kind = operator_type(operator)
         if kind in PROVIDERS:
-            alias: dict[str, Value] = {"alias": identifier(operator.name)} if kind in aliased else {}
-            token = Raw(f"var.{_token_variable(operator, aliased)}")
-            found.setdefault(token.text, block("provider", PROVIDERS[kind][0], **alias, **{TOKENS[kind][1]: token}))
+            token = f"var.{_token_variable(operator, aliased)}"
+            own = [Attribute("alias", identifier(operator.name))] if kind in aliased else []
+            body = [*own, Attribute(TOKENS[kind][1], Raw(token))]
+            found.setdefault(token, block("provider", PROVIDERS[kind][0], body=body))
     return list(found.values())
 
 
@@ -138,10 +143,15 @@ def _variables(
             "Networks that may use SSH, e.g. 203.0.113.0/24.",
             type="list(string)",
             default=[],
-            body=("", block("validation", condition=check, error_message="Each must be a network such as 203.0.113.0/24.")),
+            body=(
+                "",
+                block("validation", condition=check, error_message="Each must be a network such as 203.0.113.0/24."),
+            ),
         )
     if any(isinstance(o, FlyOperator) and o.image is None for o in used):
-        found["fly_image"] = _variable("fly_image", "Image with this version of slum inside, e.g. registry.fly.io/slum:1.")
+        found["fly_image"] = _variable(
+            "fly_image", "Image with this version of slum inside, e.g. registry.fly.io/slum:1."
+        )
     return list(found.values())
 
 
@@ -176,16 +186,14 @@ def _variable(
     description: str,
     *,
     type: str = "string",
-    default: Value = ...,  # type: ignore[assignment]  # no default is something else than null
+    default: Value = OMIT,
     sensitive: bool = False,
     body: Sequence[Item] = (),
 ) -> Block:
-    more: dict[str, Value] = {}
-    if default is not ...:
-        more["default"] = default
-    if sensitive:
-        more["sensitive"] = True
-    return block("variable", name, description=description, type=Raw(type), **more, body=body)
+    marked = sensitive or OMIT
+    return block(
+        "variable", name, description=description, type=Raw(type), default=default, sensitive=marked, body=body
+    )
 
 
 def _module(
@@ -232,7 +240,9 @@ def _hetzner(
             tenement.name: {
                 "machines": list(tenement.machine_names),
                 "labels": _hetzner_labels(tenement, losses),
-                "ports": sorted({int(listen.rpartition(":")[2]) for listen in tenement.routing_listen if _is_public(listen)}),
+                "ports": sorted(
+                    {int(listen.rpartition(":")[2]) for listen in tenement.routing_listen if _is_public(listen)}
+                ),
             }
             for tenement in tenements
         },
@@ -328,7 +338,9 @@ def _outputs(used: Sequence[Operator]) -> list[Item]:
     for operator in used:
         what = "hosts" if isinstance(operator, SshOperator) else "machines"
         value = Raw(f"module.{identifier(operator.name)}.{what}")
-        found.append(block("output", identifier(operator.name), description=f"The {what} of {operator.name}.", value=value))
+        found.append(
+            block("output", identifier(operator.name), description=f"The {what} of {operator.name}.", value=value)
+        )
     return found
 
 
@@ -363,7 +375,9 @@ def _losses(fleet: Fleet, losses: Losses) -> None:
         if tenement.settings != Settings():
             losses.add(f"{at}.settings", "how services are supervised", "it goes with the services", "`slum apply`")
         if not any(_is_public(listen) for listen in tenement.routing_listen) and tenement.routing_listen != _LISTEN:
-            losses.add(f"{at}.routing.listen", ", ".join(tenement.routing_listen), "it opens no port to others", "`slum apply`")
+            losses.add(
+                f"{at}.routing.listen", ", ".join(tenement.routing_listen), "it opens no port to others", "`slum apply`"
+            )
 
 
 _LISTEN = Tenement(name="x", operator="x").routing_listen

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 
 LINE_MAX = 100
-_LIST = re.compile(r'^(?P<head>(?:[A-Za-z0-9_-]+|"(?:[^"\\\n]|\\.)*") = )\[\n(?P<items>(?:    (?:"(?:[^"\\\n]|\\.)*"|\d+),\n)+)\]$', re.MULTILINE)
+_LIST = re.compile(
+    r'^(?P<head>(?:[A-Za-z0-9_-]+|"(?:[^"\\\n]|\\.)*") = )\[\n(?P<items>(?:    (?:"(?:[^"\\\n]|\\.)*"|\d+),\n)+)\]$',
+    re.MULTILINE,
+)
 
 
 def tidy(text: str) -> str:

@@ -19,7 +19,9 @@ ALIASES_MAX = 1000
 
 _Base: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _PLAIN = re.compile(r"[A-Za-z_/.][A-Za-z0-9_/.@+-]*(?::[A-Za-z0-9_/.@+-]+)*")
-_NOT_TEXT = re.compile(r"(?:y|n|yes|no|on|off|true|false|null|nan|inf|[-+.0-9].*[0-9].*|\.|\.inf|\.nan|\.\.?)", re.IGNORECASE)
+_NOT_TEXT = re.compile(
+    r"(?:y|n|yes|no|on|off|true|false|null|nan|inf|[-+.0-9].*[0-9].*|\.|\.inf|\.nan|\.\.?)", re.IGNORECASE
+)
 _OUT_OF_YAML = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff\ud800-\udfff]")
 
 
@@ -41,7 +43,9 @@ _Dumper.add_representer(str, _text)
 
 def dump(document: object) -> str:
     """Return *document* (dicts, lists, texts, whole numbers, booleans) as block YAML, keys in their order."""
-    made = yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 30, default_flow_style=False)
+    made = yaml.dump(
+        document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 30, default_flow_style=False
+    )
     return str(made)
 
 
@@ -53,13 +57,13 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in found if tag.rpartition(":")[2] in ("merge", "null")]
     for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"true|True|TRUE|false|False|FALSE"), list("tTfF"))
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9][0-9]*)|0x[0-9a-fA-F]+"), list("-+0123456789")
+    "tag:yaml.org,2002:bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+"),
+    re.compile(r"(?:[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+)$"),
     list("-+.0123456789"),
 )
 
@@ -70,7 +74,7 @@ def load(text: str, name: str) -> Any:
         raise ConfigError(f"{name}: larger than {BYTES_MAX >> 10} KB")
     try:
         _check(text, name)
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{name}{line}: not YAML: {error.problem or error.context}") from error
@@ -91,6 +95,6 @@ def _check(text: str, name: str) -> None:
         elif isinstance(event, yaml.AliasEvent):
             aliases += 1
             if event.anchor in open_anchors:
-                raise ConfigError(f"{name}:{event.start_mark.line + 1}: *{event.anchor} holds itself")
+                raise ConfigError(f"{name}: *{event.anchor} holds itself")
         if depth > DEPTH_MAX or aliases > ALIASES_MAX:
-            raise ConfigError(f"{name}:{event.start_mark.line + 1}: nested too deeply, or too many aliases")
+            raise ConfigError(f"{name}: nested too deeply, or too many aliases")
