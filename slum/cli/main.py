@@ -37,6 +37,10 @@ SECTIONS: dict[str, dict[str, Entry]] = {
         "rollback": Entry("slum.cli.undo:rollback", "Go back to an earlier revision."),
         "destroy": Entry("slum.cli.undo:destroy", "Stop and remove everything that the fleet declares."),
     },
+    "Other systems": {
+        "export": Entry("slum.cli.export:export", "Write the fleet as files for fly, terraform or compose."),
+        "import": Entry("slum.cli.import_:import_", "Turn a fly.toml or a Compose file into a slum.toml."),
+    },
     "Look": {
         "status": Entry("slum.cli.look:status", "Show control plane, machines and what is not well."),
         "ps": Entry("slum.cli.look:ps", "List instances and their URLs."),
