@@ -6,6 +6,7 @@ Services are small Python programs on the standard library. Folders are unique, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ import slum
 from slum.errors import Unreachable
 from slum.model import EnvVar, Level, Listen, Service, Settings, Stamp
 from slum.node.keeperclient import Child, KeeperClient, KeeperError, call, start_detached
+from slum.node.limits.detect import base_name
 from slum.node.types import Log, Respawn, Spawn
 from slum.paths import Home
 from slum.wire import Desired, InstanceReport, Override, Phase
@@ -159,6 +161,7 @@ async def site() -> AsyncIterator[Site]:
             await here.keeper.close()
         await end(home)
         shutil.rmtree(home.data.parent, ignore_errors=True)
+        remove_cgroups(home)
 
 
 def new_home() -> Home:
@@ -194,6 +197,16 @@ async def end(home: Home) -> None:
         except (Unreachable, KeeperError):
             return
         await asyncio.sleep(0.05)
+
+
+def remove_cgroups(home: Home) -> None:
+    """Remove the base folders that the agent's limits made, which a real machine keeps."""
+    for place in Path("/sys/fs/cgroup").glob("*"):
+        for base in (place / base_name(home), place.parent / base_name(home)):
+            if base.is_dir():
+                for folder in (*(entry for entry in base.iterdir() if entry.is_dir()), base):
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()
 
 
 async def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
