@@ -163,7 +163,10 @@ class Keeper:
         if listener.sock is None:
             listener.ready()
             self._table.save(LISTENER, listener.name, listener.record)
-        return listener.ready().fileno()
+        sock = listener.ready()
+        # Blocking, as systemd gives them: the flag is the socket's, and a generation that died may have changed it.
+        sock.setblocking(True)
+        return sock.fileno()
 
     def _tell(self, event: str, child: Child) -> None:
         self.door.tell_subscribers({"event": event, "child": self.children.view(child)})

@@ -101,7 +101,6 @@ def split_address(address: str) -> tuple[socket.AddressFamily, str, int]:
 def bind(record: dict[str, Any]) -> socket.socket:
     """Return a socket listening as *record* says, and set its ``inode``, ``bound`` and ``place``; OSError when refused."""
     sock = _bind_unix(record) if record["path"] is not None else _bind_tcp(record)
-    sock.setblocking(False)
     record["inode"] = os.fstat(sock.fileno()).st_ino
     return sock
 

@@ -14,7 +14,6 @@ if os.environ.get("FAIL"):
 time.sleep(float(os.environ.get("SLOW", 0)))
 if os.environ.get("LISTEN_FDS"):
     server = socket.socket(fileno=3)
-    server.setblocking(True)
 elif os.environ.get("PORT"):
     server = socket.create_server(("127.0.0.1", int(os.environ["PORT"])))
 else:

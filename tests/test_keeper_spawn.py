@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 from itertools import pairwise
 
 import pytest
@@ -323,3 +324,14 @@ async def test_a_child_of_another_uid_has_nothing_of_root(rig: Rig) -> None:
     assert lines[0] == "again"  # it may open its own output by name
     assert lines[1] == "300"
     assert lines[-1] == "refused"
+
+
+async def test_a_listener_is_blocking_for_each_child_whatever_the_last_one_did(rig: Rig) -> None:
+    client = await rig.started()
+    await client.listen("door", path=rig.home.run / "door.sock")
+    code = "import os; print('blocking', os.get_blocking(3)); os.set_blocking(3, False)"
+    for name in ("first", "second"):
+        await client.spawn(
+            Spawn(name=name, argv=(sys.executable, "-c", code), env={}, listeners=("door",), log=rig.log(name))
+        )
+        await holds(lambda name=name: rig.logged(name) == ["blocking True"])

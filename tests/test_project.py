@@ -19,7 +19,23 @@ FOLDERS = {
     "slum.operators": ROOT / "operators",
     "slum.exports": ROOT / "exports",
 }
-PURE = ("slum.model", "slum.plan", "slum.validate", "slum.interpolate", "slum.node.supervise", "slum.server.decide")
+PURE = (
+    "slum.model",
+    "slum.plan",
+    "slum.actions",
+    "slum.changes",
+    "slum.drift",
+    "slum.validate",
+    "slum.validate_service",
+    "slum.validate_operator",
+    "slum.interpolate",
+    "slum.node.supervise",
+    "slum.node.actions",
+    "slum.node.observed",
+    "slum.node.failures",
+    "slum.node.reports",
+    "slum.server.decide",
+)
 IMPURE = {"asyncio", "socket", "subprocess", "time", "random", "os", "threading", "select", "selectors", "shutil"}
 NEVER = {
     "slum.node": ("slum.server", "slum.ledger", "slum.cli", "slum.client", "slum.operators", "slum.exports"),

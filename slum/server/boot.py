@@ -20,6 +20,7 @@ import msgspec
 from slum.errors import SlumError, Unreachable
 from slum.frozen import Frozen
 from slum.node.keeperclient import Child, KeeperError, call, start_detached
+from slum.node.limits.detect import detect
 from slum.node.types import Log, Respawn, Spawn
 from slum.operators.local import Site
 from slum.paths import Home
@@ -127,7 +128,10 @@ def down(home: Home, *, services: bool, grace_s: float = GRACE_S) -> DownResult:
     stopped = _shut_down(home, {child.name for child in _children(home) or () if child.name in PROGRAMS}, grace_s)
     if services:
         stopped += _shut_down(home, {child.name for child in _children(home) or ()}, grace_s)
-    return DownResult(stopped=stopped, left=sum(child.running for child in _children(home) or ()))
+    left = sum(child.running for child in _children(home) or ())
+    if services and not left:
+        detect(home).clear()
+    return DownResult(stopped=stopped, left=left)
 
 
 def is_ready(home: Home, timeout_s: float = 2.0) -> bool:
