@@ -32,8 +32,11 @@ class Project:
         self._client: Client = Client(token.reveal(), endpoint, "slum", __version__, timeout=CALL_S)
         inner = self._client._client
         # It would repeat a create by itself and sleep up to a minute in its thread; both are the reconciler's to decide.
-        invariant(hasattr(inner, "_retry_max_retries") and hasattr(inner, "_session"), "another hcloud inside")
+        inside = ("_retry_max_retries", "_session", "_headers")
+        invariant(all(hasattr(inner, name) for name in inside), "another hcloud inside")
         inner._retry_max_retries = 0
+        # On a connection that is used again, an answer that arrives twice would be taken for the next call's.
+        inner._headers["Connection"] = "close"
         inner._session.trust_env = False
         inner._session.hooks["response"].append(self._note)
         self._session = inner._session

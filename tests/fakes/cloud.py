@@ -26,6 +26,7 @@ import uvicorn
 from slum.operators.account import Clock
 
 JSON = "application/json"
+AT_A_TIME = 4
 logging.getLogger("uvicorn.error").disabled = True  # a dropped connection is meant, and told as an error
 
 
@@ -137,10 +138,11 @@ class Liar:
 def a_liar(seed: int) -> Liar:
     """Return a thorough liar, of a temper that the seed decides."""
     random = Random(f"temper/{seed}")
-    names = ("storm", "refuse", "drop", "fail_after", "drop_after", "cut", "twice", "again", "late", "short_of")
-    rates = {name: random.choice((0, 0.5, 2, 4)) for name in names}
+    names = ("refuse", "drop", "fail_after", "drop_after", "cut", "twice", "again", "late", "short_of")
+    rates = {name: random.choice((0, 1, 4, 12)) for name in names}
     return Liar(
         seed=seed,
+        storm=random.choice((0, 0.5, 2)),
         slow=random.choice((0, 10, 30)),
         forget_labels=random.choice((0, 20, 50)),
         lag_s=random.choice((0, 3, 8)),
@@ -165,6 +167,9 @@ class Cloud:
         """Calls that came although a 429 had asked to stay away."""
         self._counts: Counter[str] = Counter()
         self._away_until = 0.0
+        self._sent_away_at = -1.0
+        self._crowd = 0
+        """Calls in the very moment of a 429: they were on their way already, if they are few."""
         self._storm_until = 0.0
         self._late: list[tuple[float, Call]] = []
         self._lock = threading.Lock()
@@ -190,7 +195,7 @@ class Cloud:
 
     def forget_caller(self) -> None:
         """The caller's process ended: the next one cannot know what it was asked for."""
-        self._away_until = 0.0
+        self._away_until, self._sent_away_at = 0.0, -1.0
 
     def settle(self) -> None:
         """Do whatever is still on its way."""
@@ -260,7 +265,8 @@ class Cloud:
             if due <= at:
                 self._late.remove((due, waiting))
                 self._do(waiting)
-        if at < self._away_until:
+        self._crowd = self._crowd + 1 if at == self._sent_away_at else 0
+        if at < self._away_until and (self._crowd == 0 or self._crowd >= AT_A_TIME):
             self.impatient += 1
         about = f"{call.method} {call.path}"
         self._counts[about] += 1
@@ -272,7 +278,7 @@ class Cloud:
         if liar.says(liar.drop, "drop", about):
             return None, ""
         if is_mutation and liar.says(liar.late, "late", about):
-            longest = 6.0 if self._is_nameless(call) else 60.0
+            longest = 3.0 if self._is_nameless(call) else 60.0
             self._late.append((at + liar.random("delay", about).uniform(0, longest), call))
             return None, ""
         answer = self._do(call)
@@ -304,6 +310,7 @@ class Cloud:
         return None
 
     def _sent_away(self, answer: Answer, at: float) -> Answer:
+        self._sent_away_at, self._crowd = at, 0
         self._away_until = max(self._away_until, at + float(answer.headers.get("Retry-After", 1)))
         return answer
 
