@@ -20,6 +20,8 @@ from slum.frozen import Frozen
 from slum.node.sockets import open_socket, open_to_router, queued
 
 BODY_BYTES_MAX = 64 << 10
+ANSWER_BYTES_MAX = 256 << 10
+"""Of all that is received: interim answers and the frames of chunks are no body, and may have no end."""
 READ_BYTES = 16 << 10
 EXCERPT_CHARS = 200
 RETRY_S = 0.02
@@ -114,17 +116,24 @@ async def get(sock: socket.socket, path: str, host: str) -> tuple[int, str]:
     headers = [("Host", host), ("User-Agent", USER_AGENT), ("Accept", "*/*"), ("Connection", "close")]
     head = http.send(h11.Request(method="GET", target=path, headers=headers)) or b""
     await loop.sock_sendall(sock, head + (http.send(h11.EndOfMessage()) or b""))
-    status, body, size = 0, b"", 0
+    status, body, size, received = 0, b"", 0, 0
     while True:
         event = http.next_event()
         if event is h11.NEED_DATA:
-            http.receive_data(await loop.sock_recv(sock, READ_BYTES))
+            data = await loop.sock_recv(sock, READ_BYTES)
+            received += len(data)
+            if received > ANSWER_BYTES_MAX:
+                break
+            http.receive_data(data)
+            await asyncio.sleep(0)  # sock_recv does not wait while more is there: a flood would hold up all else
         elif isinstance(event, h11.Response):
             status = event.status_code
         elif isinstance(event, h11.Data):
             body, size = (body + event.data)[: EXCERPT_CHARS * 4], size + len(event.data)
         if isinstance(event, h11.EndOfMessage | h11.ConnectionClosed) or size > BODY_BYTES_MAX:
             break
+    if not status:
+        raise h11.RemoteProtocolError(f"no answer in {received >> 10} KiB")
     # The answer was read to its end: closing earlier would show in the service's log as a broken pipe.
     text = "" if 200 <= status < 400 else " ".join(body.decode("utf-8", "replace").split())[:EXCERPT_CHARS]
     return status, text

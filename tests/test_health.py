@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -74,6 +76,12 @@ def path(tmp_path: Path) -> Path:
         (b"SSH-2.0-OpenSSH_9\r\n", False, "no HTTP"),
         (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 9000, False, "no HTTP"),
         (b"", False, "no HTTP"),
+        (b"HTTP/1.1 100 Continue\r\n\r\n" * 50_000, False, "no HTTP: no answer in"),
+        (
+            b"HTTP/1.1 500 No\r\nTransfer-Encoding: chunked\r\n\r\n" + (b"1;" + b"e" * 999 + b"\r\nx\r\n") * 999,
+            False,
+            "500",
+        ),
     ],
 )
 async def test_answers(path: Path, answer: bytes, ok: bool, text: str) -> None:
@@ -81,6 +89,27 @@ async def test_answers(path: Path, answer: bytes, ok: bool, text: str) -> None:
         got = await ask(door(path), 2.0)
     assert (got.ok, text in got.text) == (ok, True), got
     assert len(got.text) < 400
+
+
+async def test_an_answer_without_end_is_given_up_and_holds_up_nobody(path: Path) -> None:
+    """Fed by another thread, as a service would, so that there always is more to read."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+
+    def flood() -> None:
+        peer, _ = listener.accept()
+        with peer, contextlib.suppress(OSError):
+            while True:
+                peer.sendall(b"HTTP/1.1 100 Continue\r\n\r\n" * 4000)
+
+    with listener:
+        thread = threading.Thread(target=flood, daemon=True)
+        thread.start()
+        answer = await asyncio.wait_for(ask(door(path), 5.0), 10)
+        thread.join(10)
+    assert not answer.ok
+    assert "no HTTP: no answer in" in answer.text
 
 
 async def test_the_request_names_the_host_and_closes(path: Path) -> None:
