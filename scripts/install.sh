@@ -48,3 +48,10 @@ extra=""
 [ "$what" = dev ] && extra="[dev]"
 echo "installing slum and its Python packages into $venv"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".$extra"
+
+hcl2json=0.21.0 # HashiCorp's own HCL parser, a judge of exported Terraform files
+if [ "$what" = dev ] && ! grep -qs "\"version\": \"$hcl2json\"" "$venv/npm/node_modules/@cdktf/hcl2json/package.json"; then
+  echo "installing hcl2json $hcl2json into $venv/npm"
+  npm install --silent --no-audit --no-fund --prefix "$venv/npm" "@cdktf/hcl2json@$hcl2json" ||
+    echo "hcl2json is not there: the tests that need it are skipped" >&2
+fi
