@@ -178,10 +178,11 @@ class Hands:
     async def settle_listener(self, key: Key, generation: Generation) -> None:
         """Learn (and make sure) which listener of the keeper *generation* serves on."""
         if generation.service.listen is Listen.FD and self.keeper is not None:
-            path = self._describer.socket_path(key, generation.service, generation.socket, self._roster.settings)
-            listening = await self.keeper.listen(
-                listener_name(key, generation.socket), path=path, gid=self._router_gid, mode=0o660
-            )
+            settings = self._roster.settings
+            path = self._describer.socket_path(key, generation.service, generation.socket, settings)
+            base = self._describer.trusted_base(key, path, settings)
+            name = listener_name(key, generation.socket)
+            listening = await self.keeper.listen(name, path=path, base=base, gid=self._router_gid, mode=0o660)
             self.bound[key, generation.socket] = listening.bound
 
     # --- one action each ----------------------------------------------------------------------------------------------

@@ -189,7 +189,7 @@ def _become(
         if spawn["oom_score_adj"] is not None or heritage.oom_protected:
             _write("/proc/self/oom_score_adj", str(spawn["oom_score_adj"] or 0).encode())
         step = "nice"
-        os.setpriority(os.PRIO_PROCESS, 0, spawn["nice"])
+        renice(spawn["nice"])
         step = "descriptors"
         wanted = _descriptors(spawn, listeners, stdio, fifo)
         report = _arrange(wanted, report)
@@ -199,11 +199,12 @@ def _become(
         for name, pair in spawn["rlimits"].items():
             step = f"rlimits.{name}"
             _limit(getattr(resource, f"RLIMIT_{name.upper()}"), pair)
-        step = f"cwd {spawn['cwd']}"
-        os.chdir(spawn["cwd"])
         os.umask(spawn["umask"])
         step = "uid and gid"
         _drop_to(spawn["uid"], spawn["gid"], spawn["groups"])
+        # As the user: a service may have put a link there, to a folder behind one that only root may pass.
+        step = f"cwd {spawn['cwd']}"
+        os.chdir(spawn["cwd"])
         if spawn["no_new_privs"]:
             step = "no_new_privs"
             prctl(PR_SET_NO_NEW_PRIVS, 1)
@@ -222,6 +223,15 @@ def _become(
         _tell(report, step, error)
     finally:
         os._exit(127)
+
+
+def renice(wanted: int) -> None:
+    """Take the niceness *wanted*. Who may not raise its own priority stays as nice as the keeper was started."""
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, wanted)
+    except PermissionError:
+        if os.getpriority(os.PRIO_PROCESS, 0) < wanted:
+            raise
 
 
 def _tell(report: int, step: str, error: BaseException) -> None:

@@ -2,12 +2,17 @@
 
 A unix socket is bound under a temporary name and renamed, so that its path always leads to a listening socket; the
 kernel goes on showing the temporary name (``bound``) in /proc/net/unix. Nothing here accepts a connection.
+
+The folder of a socket may belong to a service that puts links there while we bind. So with ``base``, a folder that it
+cannot replace, no folder below that is entered through a link, and nothing is changed but the socket itself.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+import stat
 
 from slum.node import keeper_proc as proc
 
@@ -38,15 +43,25 @@ class Listener:
     def address(self) -> dict[str, str]:
         return {kind: self.record[kind] for kind in ("path", "tcp") if self.record.get(kind) is not None}
 
-    def in_place(self) -> bool:
-        """Return whether its path still leads to this socket (a TCP address always does)."""
+    def in_place(self, *, unlink: bool = False) -> bool:
+        """Return whether its path leads to this socket (a TCP address always does); then with *unlink* remove the path."""
         if self.record.get("path") is None:
             return True
+        name = os.path.basename(self.record["path"])
         try:
-            found = os.lstat(self.record["path"])
+            folder = _open_folder(self.record)
         except (FileNotFoundError, NotADirectoryError):
             return False
-        return bool(self.record["place"] == [found.st_dev, found.st_ino])
+        try:
+            found = os.lstat(name, dir_fd=folder)
+            here = bool(self.record["place"] == [found.st_dev, found.st_ino])
+            if here and unlink:
+                os.unlink(name, dir_fd=folder)
+        except FileNotFoundError:
+            return False
+        finally:
+            os.close(folder)
+        return here
 
     def ready(self) -> socket.socket:
         """Return the socket, bound anew when it is nobody's or only a stranger's."""
@@ -55,8 +70,8 @@ class Listener:
         return self.sock
 
     def close(self, *, unlink: bool) -> None:
-        if unlink and self.record.get("path") is not None and self.in_place():
-            os.unlink(self.record["path"])
+        if unlink and self.record.get("path") is not None:
+            self.in_place(unlink=True)
         if self.sock is not None:
             self.sock.close()
             self.sock = None
@@ -64,11 +79,11 @@ class Listener:
 
 def check_listen(raw: dict[str, Any]) -> dict[str, Any]:
     """Return the record of a ``listen`` request; ValueError says what is wrong with it. Pure."""
-    record = {field: raw.get(field) for field in ("name", "path", "tcp", "uid", "gid")}
+    record = {field: raw.get(field) for field in ("name", "path", "base", "tcp", "uid", "gid")}
     record |= {"backlog": raw.get("backlog", BACKLOG), "mode": raw.get("mode", 0o600)}
     if (record["path"] is None) == (record["tcp"] is None):
         raise ValueError("listen takes either path or tcp")
-    for field in ("path", "tcp"):
+    for field in ("path", "base", "tcp"):
         if not isinstance(record[field], str | None):
             raise ValueError(f"{field} is no text")
     for field in ("uid", "gid", "backlog", "mode"):
@@ -79,6 +94,8 @@ def check_listen(raw: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{field} is not a number")
     if record["path"] is not None and (not record["path"].startswith("/") or "\0" in record["path"]):
         raise ValueError("path is not absolute")
+    if record["base"] is not None and not _is_below(record["path"], record["base"]):
+        raise ValueError("path does not lie below base")
     if record["tcp"] is not None:
         split_address(record["tcp"])
     return record
@@ -106,31 +123,72 @@ def bind(record: dict[str, Any]) -> socket.socket:
 
 
 def _bind_unix(record: dict[str, Any]) -> socket.socket:
-    path = record["path"]
-    temporary = f"{os.path.dirname(path)}/.{os.urandom(4).hex()}"
+    folder, name = _open_folder(record), os.path.basename(record["path"])
+    temporary = f".{os.urandom(4).hex()}"
+    bound = f"/proc/self/fd/{folder}/{temporary}"
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    mask = os.umask(0o177)
+    mask = os.umask(0o777 & ~record["mode"])  # born with its mode: a chmod by name could be led elsewhere
     try:
-        sock.bind(temporary)
+        sock.bind(bound)
         try:
-            if record["uid"] is not None or record["gid"] is not None:
-                owner = [-1 if record[field] is None else record[field] for field in ("uid", "gid")]
-                os.chown(temporary, owner[0], owner[1])
-            os.chmod(temporary, record["mode"])
+            place = _give(record, folder, temporary)
             sock.listen(record["backlog"])
-            os.rename(temporary, path)
+            os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
         except OSError:
-            os.unlink(temporary)
+            _unlink(temporary, folder)
             raise
-        found = os.lstat(path)
     except OSError:
         sock.close()
         raise
     finally:
         os.umask(mask)
-    record["bound"] = temporary
-    record["place"] = [found.st_dev, found.st_ino]
+        os.close(folder)
+    record["bound"] = bound
+    record["place"] = place
     return sock
+
+
+def _open_folder(record: dict[str, Any]) -> int:
+    """Return a descriptor of the folder of its path; OSError when that is missing or, below ``base``, behind a link."""
+    folder = os.path.dirname(record["path"])
+    base = record.get("base") or folder
+    fd = os.open(base, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for part in folder[len(base) :].split("/"):
+            if part:
+                below = os.open(part, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+                os.close(fd)
+                fd = below
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _is_below(path: str | None, base: str) -> bool:
+    return path is not None and path.startswith(f"{base}/") and ".." not in path.split("/")
+
+
+def _give(record: dict[str, Any], folder: int, name: str) -> list[int]:
+    """Give the new socket *name* its owner and return its device and inode; OSError when something else is there."""
+    fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        made = os.fstat(fd)
+        if not stat.S_ISSOCK(made.st_mode) or made.st_uid != os.geteuid():
+            raise OSError(errno.EEXIST, "something was put in the place of the new socket", record["path"])
+        if record["uid"] is not None or record["gid"] is not None:
+            owner = [-1 if record[field] is None else record[field] for field in ("uid", "gid")]
+            os.chown(f"/proc/self/fd/{fd}", owner[0], owner[1])
+    finally:
+        os.close(fd)
+    return [made.st_dev, made.st_ino]
+
+
+def _unlink(name: str, folder: int) -> None:
+    try:
+        os.unlink(name, dir_fd=folder)
+    except (FileNotFoundError, IsADirectoryError):
+        return
 
 
 def _bind_tcp(record: dict[str, Any]) -> socket.socket:

@@ -179,14 +179,20 @@ class KeeperClient:
         name: str,
         *,
         path: Path | str | None = None,
+        base: Path | str | None = None,
         tcp: str | None = None,
         backlog: int = 1024,
         uid: int | None = None,
         gid: int | None = None,
         mode: int = 0o600,
     ) -> Listening:
-        """Make the keeper listen at *path* or *tcp*; the same again is no change, another address is kind "exists"."""
+        """Make the keeper listen at *path* or *tcp*; the same again is no change, another address is kind "exists".
+
+        *base* is a folder above *path* that no service can replace: below it no link is followed.
+        """
         where = {"path": str(path)} if path is not None else {"tcp": tcp}
+        if base is not None:
+            where["base"] = str(base)
         answer = await self.call("listen", name=name, **where, backlog=backlog, uid=uid, gid=gid, mode=mode)
         return msgspec.convert(answer, Listening)
 

@@ -25,6 +25,8 @@ from slum.node.sockets import remove_folder
 from slum.node.watch import Watch
 from slum.paths import Home, short_key
 
+SOCKET_NAME_MAX = 16
+"""The folder is the service's: a longer name is none of ours, and its number could be any."""
 ONEOFF_CGROUPS = ("pre-", "run-", "build-")
 
 
@@ -91,7 +93,9 @@ class Takeover:
         folder = self._home.instance_run(str(key))
         names = os.listdir(folder) if folder.is_dir() else []
         numbers = {
-            int(name[1:-5]) for name in names if name[:1] == "g" and name[1:-5].isdecimal() and name[-5:] == ".sock"
+            int(name[1:-5])
+            for name in names
+            if name[:1] == "g" and name[-5:] == ".sock" and name[1:-5].isdecimal() and len(name) < SOCKET_NAME_MAX
         }
         prefix = listener_name(key, 0)[:-1]
         return numbers | {int(name.removeprefix(prefix)) for name in listeners if name.startswith(prefix)}

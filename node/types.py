@@ -57,7 +57,7 @@ class Spawn(Frozen):
     The child starts in a session of its own, with an environment of exactly *env* (and LISTEN_PID, LISTEN_FDS,
     LISTEN_FDNAMES when *listeners* are given and *listen_env* is true), descriptors 0 (/dev/null), 1 and 2 (the log FIFO,
     opened read-write), *listeners* from 3 on, then *open_files* at their numbers, and no others. Order of entering: cgroup
-    files (the child writes "0"), oom score, nice, limits, descriptors, cwd, umask, groups, gid, uid, no_new_privs, exec.
+    files (the child writes "0"), oom score, nice, limits, descriptors, umask, groups, gid, uid, cwd, no_new_privs, exec.
     """
 
     name: str

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from keeper_support import DEADLINE_S, Rig, child_of, exited, holds, rig, shell
 
 from slum.errors import Unreachable
 from slum.node.keeper_child import check_spawn
-from slum.node.keeper_listen import check_listen
+from slum.node.keeper_listen import bind, check_listen
 from slum.node.keeper_start import Places
 from slum.node.keeperclient import KeeperClient, KeeperError, call
 from slum.node.types import Log, Respawn, Spawn
@@ -261,3 +262,50 @@ def _builtins(spawn: Spawn) -> Any:
     import msgspec
 
     return msgspec.to_builtins(spawn)
+
+
+async def test_a_listener_is_bound_through_no_link_below_its_base(rig: Rig) -> None:
+    """A service owns the folders below the base: a link must not lead the keeper to somebody else's socket."""
+    client = await rig.started()
+    base, other = rig.folder / "mine", rig.folder / "other"
+    (base / "real").mkdir(parents=True)
+    other.mkdir()
+    (base / "sub").symlink_to(other)
+    with socket.socket(socket.AF_UNIX) as theirs:
+        theirs.bind(str(other / "app.sock"))
+        inode = (other / "app.sock").stat().st_ino
+        for name in ("sub/app.sock", "sub/none.sock"):
+            with pytest.raises(KeeperError) as caught:
+                await client.listen("l", path=base / name, base=base)
+            assert caught.value.kind == "os"
+        assert [(path.name, path.stat().st_ino) for path in other.iterdir()] == [("app.sock", inode)]
+    with pytest.raises(KeeperError, match="below base"):
+        await client.listen("l", path=other / "app.sock", base=base)
+    await client.listen("l", path=base / "real" / "app.sock", base=base, mode=0o640)
+    assert (base / "real" / "app.sock").stat().st_mode & 0o777 == 0o640
+    (base / "real").rename(base / "away")
+    (base / "real").symlink_to(base / "away")
+    await client.close_listener("l")
+    assert (base / "away" / "app.sock").is_socket(), "it was reached through a link"
+
+
+def test_a_bind_touches_nothing_that_takes_the_place_of_the_new_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The owner of the folder may put a link to any file in the place of the socket as soon as it has its name."""
+    victim = tmp_path / "victim"
+    victim.write_text("")
+    victim.chmod(0o604)
+    record = {"name": "l", "path": str(tmp_path / "l.sock"), "gid": os.getgid(), "mode": 0o660}
+
+    class Swapped(socket.socket):
+        def bind(self, address: Any) -> None:
+            super().bind(address)
+            os.unlink(address)
+            os.symlink(victim, address)
+
+    monkeypatch.setattr(socket, "socket", Swapped)
+    with pytest.raises(OSError, match="in the place"):
+        bind(check_listen(record))
+    assert victim.stat().st_mode & 0o777 == 0o604
+    assert [path.name for path in tmp_path.iterdir()] == ["victim"]

@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import socket
+import subprocess
 import sys
 from itertools import pairwise
 
@@ -335,3 +336,35 @@ async def test_a_listener_is_blocking_for_each_child_whatever_the_last_one_did(r
             Spawn(name=name, argv=(sys.executable, "-c", code), env={}, listeners=("door",), log=rig.log(name))
         )
         await holds(lambda name=name: rig.logged(name) == ["blocking True"])
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+async def test_a_child_cannot_be_led_to_where_its_user_may_not_go(rig: Rig) -> None:
+    """The folder is entered as the user: a link in it must not lead past a folder that only root may pass."""
+    client = await rig.started()
+    rig.folder.chmod(0o711)
+    private = rig.folder / "private"
+    (private / "open").mkdir(parents=True)
+    private.chmod(0o700)
+    (rig.folder / "planted").symlink_to(private / "open")
+    with pytest.raises(KeeperError) as caught:
+        await client.spawn(shell(rig, "led", "pwd", cwd=str(rig.folder / "planted"), uid=64000, gid=64000))
+    assert caught.value.errno == errno.EACCES
+    await client.spawn(shell(rig, "rooted", "pwd", cwd=str(rig.folder / "planted")))
+
+
+@pytest.mark.parametrize(("wanted", "taken"), [(0, 5), (7, 7)])
+def test_a_keeper_that_was_started_niced_and_not_by_root_starts_its_children_as_nice(wanted: int, taken: int) -> None:
+    script = f"""
+import os, resource
+from slum.node.keeper_child import renice
+os.setpriority(os.PRIO_PROCESS, 0, 5)
+resource.setrlimit(resource.RLIMIT_NICE, (0, 0))
+if os.geteuid() == 0:
+    os.setuid(65534)
+renice({wanted})
+print(os.getpriority(os.PRIO_PROCESS, 0))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=20)
+    assert (done.stdout.strip(), done.stderr) == (str(taken), "")
