@@ -7,12 +7,13 @@ never silence.
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Mapping
 from typing import Protocol
 
 from slum.credentials import mask
 from slum.frozen import Frozen
-from slum.model import Fleet
+from slum.model import Fleet, Service
 
 LOSSES = "losses.json"
 
@@ -46,6 +47,12 @@ class Site(Frozen):
     version: str = "0"
     machines: Mapping[str, str] = {}
     """Machine name -> the provider's id, for those that exist."""
+
+    def folder(self, tenement: str, service: Service, *, up: str = "") -> str:
+        """Return the source folder of *service* as a file sees it that lies *up* ("../") below the output folder."""
+        given = self.sources.get((tenement, service.name))
+        path = posixpath.normpath(posixpath.join(self.root, service.source or ".") if given is None else given)
+        return path if posixpath.isabs(path) else up + path
 
 
 class Rendered(Frozen):

@@ -187,9 +187,7 @@ def _instance(tenement: Tenement, run: Run, by_name: Mapping[str, Service], site
 def _build(tenement: Tenement, service: Service, site: Site) -> Yaml:
     build: Yaml = {"context": ".", "dockerfile": f"{service.name}.Dockerfile"}
     if service.source is not None:
-        given = site.sources.get((tenement.name, service.name))
-        folder = given if given is not None else "/".join(part for part in (site.root, service.source) if part)
-        build["additional_contexts"] = {"source": folder if folder.startswith("/") else f"../{folder}"}
+        build["additional_contexts"] = {"source": site.folder(tenement.name, service, up="../")}
     return build
 
 

@@ -18,6 +18,7 @@ from slum.exports.base import Imported, Losses
 from slum.exports.caddyfile import read_timeouts
 from slum.exports.compose import PRE_DEPLOY
 from slum.exports.compose_service import Project, read_service
+from slum.exports.compose_shape import SECRETS, SERVICE, shaped
 from slum.exports.interpolation import fill
 from slum.exports.yamltext import load
 from slum.model import Fleet, Level, LocalOperator, Operator, Settings, SshHost, SshOperator, Tenement
@@ -80,7 +81,10 @@ def _project(path: str, files: Mapping[str, str], losses: Losses) -> Project:
     for network, settings in _table(document.get("networks")).items():
         if network != "default" or settings:
             losses.add(f"networks.{network}", "a network", "a tenement's services share its loopback")
-    services = {str(name): dict(value or {}) for name, value in document["services"].items()}
+    services: dict[str, Any] = {
+        str(name): shaped({} if value is None else value, SERVICE, f"{path}: services.{name}")
+        for name, value in document["services"].items()
+    }
     routers = [name for name in services if _is_router(services[name])]
     router = services.pop(routers[0]) if routers else {}
     caddyfile = files.get(posixpath.join(folder, "Caddyfile"), "") if router else ""
@@ -102,7 +106,7 @@ def _project(path: str, files: Mapping[str, str], losses: Losses) -> Project:
         listen=tuple(str(port).rpartition(":")[0] for port in router.get("ports", ())),
         services=services,
         volumes=_table(document.get("volumes")),
-        secrets=_table(document.get("secrets")),
+        secrets=shaped(_table(document.get("secrets")), SECRETS, f"{path}: secrets"),
         timeouts=read_timeouts(caddyfile),
         files=files,
     )

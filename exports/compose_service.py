@@ -13,6 +13,7 @@ import msgspec
 from slum.exports.assemble import RESERVED, VARIABLE, Found, variables
 from slum.exports.base import Losses
 from slum.exports.compose import RESTARTS, RUNTIMES, SHARES_PER_WEIGHT, duration
+from slum.exports.compose_shape import whole
 from slum.exports.container import APP, DATA, OWN, RUN, SOCKET, as_written
 from slum.exports.dockerfile import read_dockerfile
 from slum.exports.foreign import (
@@ -118,6 +119,9 @@ class _Reader:
             self.lost(key, f"${{{names}}}", "a fleet has no variables; the default was taken")
         return filled.text
 
+    def whole(self, value: object, key: str) -> int:
+        return whole(value, f"{self.project.path}: services.{self.name}.{key}")
+
     def written(self, text: str) -> str:
         return as_written(text, places=self.places)
 
@@ -195,7 +199,7 @@ class _Reader:
         build, image = self.table.get("build"), self.table.get("image")
         if build is None:
             return {} if image is None else {"image": self.text(image, "image")}
-        table: Yaml = {"context": build} if isinstance(build, str) else dict(build)
+        table: Yaml = dict(build) if isinstance(build, dict) else {"context": build}
         context = self.text(table.get("context", "."), "build.context")
         where = posixpath.normpath(
             posixpath.join(self.project.folder, context, str(table.get("dockerfile", "Dockerfile")))
@@ -203,7 +207,8 @@ class _Reader:
         text = str(table.get("dockerfile_inline") or self.project.files.get(where, ""))
         ours = read_dockerfile(text)
         if ours is not None:
-            folder = (table.get("additional_contexts") or {}).get("source")
+            contexts = table.get("additional_contexts")
+            folder = contexts.get("source") if isinstance(contexts, dict) else None
             found: Yaml = {"image": ours.image, "build": ours.build}
             if ours.has_source and folder is not None:
                 found["source"] = self._folder(fill(str(folder)).text)
@@ -296,7 +301,7 @@ class _Reader:
         if "PORT" in self.own:
             return (
                 fields
-                | {"listen": Listen.PORT, "port": int(self.own["PORT"])}
+                | {"listen": Listen.PORT, "port": self.whole(self.own["PORT"], "environment.PORT")}
                 | self._timeout(f"127.0.0.1:{self.own['PORT']}")
             )
         path = self.own.get("SOCKET_PATH")
@@ -325,14 +330,14 @@ class _Reader:
         fields: Yaml = {}
         if memory is not None and (count := bytes_of(self.text(memory, "mem_limit"))):
             fields["memory_mb" if vm else "memory_limit_mb"] = max(1, round(count / (1 << 20)))
-        if pids is not None and int(pids) > 0:
-            fields["pids_limit"] = int(pids)
+        if pids is not None and (most := self.whole(pids, "pids_limit")) > 0:
+            fields["pids_limit"] = most
         if cpus is not None and vm:
-            fields["vcpus"] = max(1, round(float(cpus)))
+            fields["vcpus"] = max(1, self.whole(cpus, "cpus"))
         elif cpus is not None:
             self.lost("cpus", str(cpus), "slum weighs services against each other and caps none", "`cpu_shares`")
         if (shares := self.table.get("cpu_shares")) is not None:
-            fields["cpu_shares"] = min(10_000, max(1, round(int(shares) / SHARES_PER_WEIGHT)))
+            fields["cpu_shares"] = min(10_000, max(1, round(self.whole(shares, "cpu_shares") / SHARES_PER_WEIGHT)))
         return fields
 
     def _restart(self) -> Yaml:
@@ -417,7 +422,7 @@ class _Reader:
 
     def _replicas(self, fields: Yaml) -> list[str]:
         wanted = (self.table.get("deploy") or {}).get("replicas", self.table.get("scale", 1))
-        count = int(self.text(wanted, "deploy.replicas") or 1)
+        count = self.whole(wanted, "deploy.replicas")
         if count > 1 and fields["listen"] is Listen.PORT:
             self.lost("deploy.replicas", str(count), "instances of one service cannot share one port", 'listen = "fd"')
             return [DEFAULT_ID]

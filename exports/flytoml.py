@@ -72,10 +72,18 @@ def export_fly(fleet: Fleet, site: Site) -> Rendered:
     for (tenement, runs), name in zip(groups, names, strict=True):
         app = App(name=name, runs=runs)
         files += _app_files(tenement, app, operators.get(tenement.operator), site)
-        told.append((name, name, _context(tenement, runs[0].service, site, up=""), tuple(_commands(fleet, app))))
+        told.append(
+            (
+                name,
+                name,
+                site.folder(tenement.name, runs[0].service) if runs[0].service.source else ".",
+                tuple(_commands(fleet, app)),
+            )
+        )
     _fleet_losses(fleet, groups, names, losses)
+    alone = len({t.operator for t, _ in groups}) == 1
     for tenement in fleet.tenements:
-        _tenement_losses(tenement, losses, alone=len({t.operator for t, _ in groups}) == 1)
+        _tenement_losses(tenement, losses, alone=alone)
         for service in tenement.services:
             _service_losses(tenement, service, losses)
     if files:
@@ -120,14 +128,6 @@ def _names(fleet: Fleet, groups: Sequence[tuple[Tenement, tuple[Run, ...]]]) -> 
     return names
 
 
-def _context(tenement: Tenement, service: Service, site: Site, *, up: str) -> str:
-    if service.source is None:
-        return "."
-    given = site.sources.get((tenement.name, service.name))
-    folder = given if given is not None else "/".join(part for part in (site.root, service.source) if part)
-    return folder if folder.startswith("/") else up + folder
-
-
 def _app_files(tenement: Tenement, app: App, operator: Operator | None, site: Site) -> Iterator[File]:
     lead = app.runs[0].service
     machine = operator if isinstance(operator, FlyOperator) else None
@@ -137,7 +137,7 @@ def _app_files(tenement: Tenement, app: App, operator: Operator | None, site: Si
     yield File(path=f"{app.name}/fly.toml", text=head + _text(_toml(tenement, app, machine)))
     routed = app.routed
     tcp = "-" if routed is None else f"{internal_port(routed.service)}:{routed.service.name}"
-    context = _context(tenement, lead, site, up="../") if lead.source is not None else None
+    context = site.folder(tenement.name, lead, up="../") if lead.source is not None else None
     copy = "" if lead.source is not None else None
     yield File(path=f"{app.name}/Dockerfile", text=dockerfile(lead, copy=copy, context=context, tcp=tcp))
 

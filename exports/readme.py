@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from slum.exports.base import LOSSES, Loss
@@ -53,7 +54,7 @@ def fly_readme(fleet: Fleet, apps: Sequence[tuple[str, str, str, Sequence[str]]]
     ]
     for folder, app, context, more in apps:
         lines += [f"## {app}", "", f"    fly apps create {app}", *(f"    {command}" for command in more)]
-        lines += [f"    fly deploy {context} --config {folder}/fly.toml", ""]
+        lines += [f"    fly deploy {shlex.quote(context)} --config {folder}/fly.toml", ""]
     lines += [
         "The images in the Dockerfiles were chosen by the commands: put the programs in that your services need.",
         "",

@@ -21,6 +21,6 @@ def tidy(text: str) -> str:
 
 
 def _on_one_line(found: re.Match[str]) -> str:
-    items = [line.strip().removesuffix(",") for line in found["items"].splitlines()]
+    items = [line.strip().removesuffix(",") for line in found["items"].rstrip("\n").split("\n")]
     line = f"{found['head']}[{', '.join(items)}]"
     return line if len(line) <= LINE_MAX else found[0]

@@ -73,7 +73,7 @@ def resource(prefix: str, name: str, table: dict[str, Any]) -> type[Resource]:
             raise NotImplementedError
 
         def import_(self, ctx: Any, id: str) -> dict[str, Any]:
-            known = {key: None for key in table["attributes"]}
+            known = dict.fromkeys(table["attributes"])
             return {**known, **{key: [] for key in table.get("blocks", {})}, "id": id}
 
     return Made

@@ -21,7 +21,9 @@ from slum.exports.yamltext import dump, load
 from slum.fleetfile import load as load_fleet
 from slum.model import EnvVar, Fleet, Level, Listen, LocalOperator, Secret, Service, Tenement
 
-FEW = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+FEW = settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
+)
 ENV = {"FROM": "canary-of-the-environment", "DOMAIN": "example.com"}
 
 
@@ -57,7 +59,9 @@ def test_the_example_is_what_docker_compose_and_caddy_take(tmp_path: Path) -> No
     assert (api["mem_limit"], api["pids_limit"], api["cpu_shares"]) == (str(128 << 20), 64, 2048)
     assert api["read_only"] is True
     assert api["depends_on"]["cache"]["condition"] == "service_healthy"
-    assert api["build"]["additional_contexts"]["source"] == str((tmp_path / "../../examples/quickstart/hello").resolve())
+    assert api["build"]["additional_contexts"]["source"] == str(
+        (tmp_path / "../../examples/quickstart/hello").resolve()
+    )
 
 
 @FEW
@@ -70,7 +74,9 @@ def test_hostile_texts_arrive_unchanged_and_inject_nothing(tmp_path: Path) -> No
     texts = [a + b for a in HOSTILE for b in ("", "x", "${FROM}")]
     env = tuple(EnvVar(name=f"E{n}", value=t.replace("{", "{{").replace("}", "}}")) for n, t in enumerate(texts))
     command = ("python3", *(variable.value for variable in env))
-    service = Service(name="web", command=command, env=env, pre_deploy="echo '${FROM}'", build="a\n'${FROM}'", source="a b$c")
+    service = Service(
+        name="web", command=command, env=env, pre_deploy="echo '${FROM}'", build="a\n'${FROM}'", source="a b$c"
+    )
     folder = lay(tmp_path, export_compose(one(service), Site()).files)
     project = config(folder / "here")
     assert set(project["services"]) == {"caddy", "web", "web.pre-deploy"}
@@ -127,7 +133,9 @@ def test_caddy_serves_the_names_that_slum_serves(tmp_path: Path) -> None:
     tenement = Tenement(name="here", operator="local", services=services)
     fleet = Fleet(domain="slum.test", operators=(LocalOperator(name="local"),), tenements=(tenement,))
     folder = lay(tmp_path, export_compose(fleet, Site()).files)
-    adapted = json.loads(run(tool("caddy"), "adapt", "--config", str(folder / "here/Caddyfile"), env={"DOMAIN": "slum.test"}))
+    adapted = json.loads(
+        run(tool("caddy"), "adapt", "--config", str(folder / "here/Caddyfile"), env={"DOMAIN": "slum.test"})
+    )
     routes = adapted["apps"]["http"]["servers"]["srv0"]["routes"]
     found: dict[str, str] = {}
     for route in routes:
@@ -229,7 +237,9 @@ def test_a_dockerfile_says_what_it_said() -> None:
         assert recipe is not None
         assert (recipe.build, recipe.context, recipe.image, recipe.has_source) == (text, "../a b\n${x}", None, True)
         assert "<<EOF" not in written
-    assert "FROM python:3.13" in dockerfile(Service(name="web", command=("/usr/bin/python3.12",)), copy=None, context=None)
+    assert "FROM python:3.13" in dockerfile(
+        Service(name="web", command=("/usr/bin/python3.12",)), copy=None, context=None
+    )
     assert "FROM redis:7\n" in dockerfile(
         replaced(service, image="redis:7", isolation=Level.SANDBOX), copy=None, context=None
     )
@@ -238,12 +248,27 @@ def test_a_dockerfile_says_what_it_said() -> None:
 def test_yaml_is_read_as_compose_reads_it() -> None:
     text = "a: yes\nb: 22:22\nc: 0o17\nd: 2026-01-01\ne: 10m\nf: 1e3\ng: true\nh: 12\ni: ~\nj: 1_000\nk: .5\n"
     assert load(text, "x") == {
-        **{"a": "yes", "b": "22:22", "c": "0o17", "d": "2026-01-01", "e": "10m", "f": 1000.0},
-        **{"g": True, "h": 12, "i": None, "j": "1_000", "k": 0.5},
+        "a": "yes",
+        "b": "22:22",
+        "c": "0o17",
+        "d": "2026-01-01",
+        "e": "10m",
+        "f": 1000.0,
+        "g": True,
+        "h": 12,
+        "i": None,
+        "j": "1_000",
+        "k": 0.5,
     }
     for word in HOSTILE:
         assert load(dump({word or "k": [word]}), "x") == {word or "k": [word]}
 
 
 def test_durations_are_gos() -> None:
-    assert [duration(value) for value in (0.1, 10.0, 1e-3, 3600.0, 0.00001)] == ["0.1s", "10s", "0.001s", "3600s", "0.00001s"]
+    assert [duration(value) for value in (0.1, 10.0, 1e-3, 3600.0, 0.00001)] == [
+        "0.1s",
+        "10s",
+        "0.001s",
+        "3600s",
+        "0.00001s",
+    ]

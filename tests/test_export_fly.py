@@ -22,11 +22,20 @@ from slum.exports.flytoml import APP_NAME_MAX, export_fly
 from slum.fleetfile import load
 from slum.model import EnvVar, Fleet, FlyOperator, Level, Listen, Restart, Secret, Service, Settings, Tenement
 
-MORE = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+MORE = settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
+)
 SPAN = "duration"
 HTTP_CHECK = {
-    **{"interval": SPAN, "timeout": SPAN, "grace_period": SPAN, "method": str, "path": str, "protocol": str},
-    **{"tls_skip_verify": bool, "tls_server_name": str, "headers": {"*": str}},
+    "interval": SPAN,
+    "timeout": SPAN,
+    "grace_period": SPAN,
+    "method": str,
+    "path": str,
+    "protocol": str,
+    "tls_skip_verify": bool,
+    "tls_server_name": str,
+    "headers": {"*": str},
 }
 TCP_CHECK = {"interval": SPAN, "timeout": SPAN, "grace_period": SPAN}
 MACHINE_CHECK = {"command": [str], "image": str, "entrypoint": [str], "kill_signal": str, "kill_timeout": SPAN}
@@ -34,41 +43,91 @@ CONCURRENCY = {"type": str, "hard_limit": int, "soft_limit": int}
 HTTP_OPTIONS: dict[str, Any] = {"compress": bool, "idle_timeout": int, "response": {"headers": {"*": object}}}
 TLS_OPTIONS = {"alpn": [str], "versions": [str], "default_self_signed": bool}
 SERVICE: dict[str, Any] = {
-    **{"internal_port": int, "auto_stop_machines": str, "auto_start_machines": bool, "min_machines_running": int},
-    **{"processes": [str], "concurrency": CONCURRENCY, "machine_checks": [MACHINE_CHECK]},
+    "internal_port": int,
+    "auto_stop_machines": str,
+    "auto_start_machines": bool,
+    "min_machines_running": int,
+    "processes": [str],
+    "concurrency": CONCURRENCY,
+    "machine_checks": [MACHINE_CHECK],
 }
 VM = {
-    **{"size": str, "memory": str, "memory_mb": int, "cpu_kind": str, "cpus": int, "gpus": int, "gpu_kind": str},
-    **{"kernel_args": [str], "host_dedication_id": str, "persist_rootfs": str, "processes": [str]},
+    "size": str,
+    "memory": str,
+    "memory_mb": int,
+    "cpu_kind": str,
+    "cpus": int,
+    "gpus": int,
+    "gpu_kind": str,
+    "kernel_args": [str],
+    "host_dedication_id": str,
+    "persist_rootfs": str,
+    "processes": [str],
 }
 KEYS: dict[str, Any] = {
-    **{"app": str, "primary_region": str, "kill_signal": str, "kill_timeout": SPAN, "swap_size_mb": int},
-    **{"console_command": str, "host_dedication_id": str, "machine_config": str, "container": str},
+    "app": str,
+    "primary_region": str,
+    "kill_signal": str,
+    "kill_timeout": SPAN,
+    "swap_size_mb": int,
+    "console_command": str,
+    "host_dedication_id": str,
+    "machine_config": str,
+    "container": str,
     "experimental": {
-        **{"cmd": [str], "entrypoint": [str], "exec": [str], "auto_rollback": bool, "enable_consul": bool},
-        **{"enable_etcd": bool, "lazy_load_images": bool, "machine_config": str},
+        "cmd": [str],
+        "entrypoint": [str],
+        "exec": [str],
+        "auto_rollback": bool,
+        "enable_consul": bool,
+        "enable_etcd": bool,
+        "lazy_load_images": bool,
+        "machine_config": str,
     },
     "build": {
-        **{"builder": str, "args": {"*": str}, "buildpacks": [str], "image": str, "settings": {"*": object}},
-        **{"builtin": str, "dockerfile": str, "ignorefile": str, "build-target": str, "compose": {"file": str}},
-        **{"compression": str, "compression_level": int},
+        "builder": str,
+        "args": {"*": str},
+        "buildpacks": [str],
+        "image": str,
+        "settings": {"*": object},
+        "builtin": str,
+        "dockerfile": str,
+        "ignorefile": str,
+        "build-target": str,
+        "compose": {"file": str},
+        "compression": str,
+        "compression_level": int,
     },
     "deploy": {
-        **{"strategy": str, "max_unavailable": float, "wait_timeout": SPAN, "release_command": str},
-        **{"release_command_timeout": SPAN, "release_command_vm": VM, "seed_command": str},
+        "strategy": str,
+        "max_unavailable": float,
+        "wait_timeout": SPAN,
+        "release_command": str,
+        "release_command_timeout": SPAN,
+        "release_command_vm": VM,
+        "seed_command": str,
     },
     "env": {"*": str},
     "processes": {"*": str},
     "mounts": [
         {
-            **{"source": str, "destination": str, "initial_size": str, "snapshot_retention": int},
-            **{"scheduled_snapshots": bool, "auto_extend_size_threshold": int, "auto_extend_size_increment": str},
-            **{"auto_extend_size_limit": str, "processes": [str]},
+            "source": str,
+            "destination": str,
+            "initial_size": str,
+            "snapshot_retention": int,
+            "scheduled_snapshots": bool,
+            "auto_extend_size_threshold": int,
+            "auto_extend_size_increment": str,
+            "auto_extend_size_limit": str,
+            "processes": [str],
         }
     ],
     "http_service": {
         **SERVICE,
-        **{"force_https": bool, "checks": [HTTP_CHECK], "http_options": HTTP_OPTIONS, "tls_options": TLS_OPTIONS},
+        "force_https": bool,
+        "checks": [HTTP_CHECK],
+        "http_options": HTTP_OPTIONS,
+        "tls_options": TLS_OPTIONS,
     },
     "services": [
         {
@@ -76,8 +135,13 @@ KEYS: dict[str, Any] = {
             "protocol": str,
             "ports": [
                 {
-                    **{"port": int, "start_port": int, "end_port": int, "handlers": [str], "force_https": bool},
-                    **{"http_options": HTTP_OPTIONS, "tls_options": TLS_OPTIONS},
+                    "port": int,
+                    "start_port": int,
+                    "end_port": int,
+                    "handlers": [str],
+                    "force_https": bool,
+                    "http_options": HTTP_OPTIONS,
+                    "tls_options": TLS_OPTIONS,
                 }
             ],
             "tcp_checks": [TCP_CHECK],
@@ -116,7 +180,11 @@ def unknown(value: object, known: Any, at: str = "") -> list[str]:
             return [f"{at}: no list"]
         return [line for item in value for line in unknown(item, known[0], at)]
     kind = known if isinstance(known, type) else object
-    return [] if isinstance(value, kind) and (kind is bool or not isinstance(value, bool) or kind is object) else [f"{at}: {value!r}"]
+    return (
+        []
+        if isinstance(value, kind) and (kind is bool or not isinstance(value, bool) or kind is object)
+        else [f"{at}: {value!r}"]
+    )
 
 
 def broken(app: dict[str, Any]) -> list[str]:
@@ -131,7 +199,7 @@ def broken(app: dict[str, Any]) -> list[str]:
             found.append(f"{check}: invalid")
     for check in (c for s in services for c in s.get("checks", ())):
         spans = [seconds(check[key]) for key in ("interval", "timeout", "grace_period")]
-        found += [f"{check}: {span} s"for span in spans if not 1 <= span <= 60]
+        found += [f"{check}: {span} s" for span in spans if not 1 <= span <= 60]
     if app["deploy"]["strategy"] not in ("canary", "rolling", "immediate", "bluegreen"):
         found.append("strategy")
     if app["deploy"]["strategy"] in ("canary", "bluegreen") and "mounts" in app:
@@ -162,7 +230,9 @@ def fly(*services: Service, **fields: Any) -> Fleet:
 
 
 def test_the_table_is_strict() -> None:
-    assert unknown({"http_service": {"internal_prot": 1}, "vm": [{"memory": 5}], "kill_timeout": "soon", "app": 1}, KEYS) == [
+    assert unknown(
+        {"http_service": {"internal_prot": 1}, "vm": [{"memory": 5}], "kill_timeout": "soon", "app": 1}, KEYS
+    ) == [
         ".http_service.internal_prot: unknown key",
         ".vm.memory: 5",
         ".kill_timeout: 'soon' is no duration",
@@ -181,7 +251,12 @@ def test_generated_fleets_are_what_flyctl_takes(fleet: Fleet) -> None:
 
 def test_the_example() -> None:
     found = apps(load(ROOT / "slum.toml.example").fleet)
-    assert set(found) >= {"example-api-prod-api-acme", "example-api-prod-cache", "example-here-notes", "example-here-ticker"}
+    assert set(found) >= {
+        "example-api-prod-api-acme",
+        "example-api-prod-cache",
+        "example-here-notes",
+        "example-here-ticker",
+    }
     for app in found.values():
         assert unknown(app, KEYS) == []
         assert broken(app) == []
@@ -200,7 +275,13 @@ def test_sleep_restart_limits_and_mounts() -> None:
     (app,) = apps(fly(service, settings=Settings(max_restarts=3))).values()
     http = app["http_service"]
     assert (http["auto_stop_machines"], http["auto_start_machines"], http["min_machines_running"]) == ("stop", True, 0)
-    assert http["checks"][0] == {"method": "GET", "path": "/up", "grace_period": "30s", "interval": "10s", "timeout": "5s"}
+    assert http["checks"][0] == {
+        "method": "GET",
+        "path": "/up",
+        "grace_period": "30s",
+        "interval": "10s",
+        "timeout": "5s",
+    }
     assert app["restart"] == [{"policy": "on-failure", "retries": 3, "processes": ["web"]}]
     assert app["vm"][1] == {"cpu_kind": "shared", "cpus": 1, "memory": "512mb", "processes": ["web"]}
     assert app["mounts"] == [{"source": "data", "destination": "/data", "initial_size": "3gb", "processes": ["web"]}]
@@ -221,8 +302,15 @@ def test_services_of_one_image_are_process_groups_of_one_app() -> None:
 
 
 def test_names_are_unique_and_short() -> None:
-    many = [Tenement(name=n, operator="fly", services=(Service(name=s, command=("x",)),)) for n, s in (("a-b", "c"), ("a", "b-c"))]
-    long = Tenement(name="t" * 32, operator="fly", services=(Service(name="s" * 32, command=("x",), instances=("i" * 40, "j" * 40)),))
+    many = [
+        Tenement(name=n, operator="fly", services=(Service(name=s, command=("x",)),))
+        for n, s in (("a-b", "c"), ("a", "b-c"))
+    ]
+    long = Tenement(
+        name="t" * 32,
+        operator="fly",
+        services=(Service(name="s" * 32, command=("x",), instances=("i" * 40, "j" * 40)),),
+    )
     fleet = Fleet(operators=fly().operators, tenements=(*many, long))
     names = list(apps(fleet))
     assert len(set(names)) == 4

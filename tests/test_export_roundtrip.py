@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from exports_support import fleets, too_wide, uncovered
 from hypothesis import HealthCheck, given, settings
 
 from slum import tomlfile
-from slum.exports.base import Site
+from slum.exports.base import Loss, Site
 from slum.exports.registry import EXPORTS, IMPORTS
 from slum.exports.slumtoml import slum_toml
 from slum.fleetfile import load_document
@@ -72,7 +73,9 @@ def test_slum_toml_of_a_fleet_declares_that_fleet(fleet: Fleet) -> None:
         print(text)
         raise
     stripped = _without_sources(fleet)
-    assert load_document(tomlfile.parse(slum_toml(stripped).encode(), "slum.toml", Path("/nonexistent"))).fleet == stripped
+    assert (
+        load_document(tomlfile.parse(slum_toml(stripped).encode(), "slum.toml", Path("/nonexistent"))).fleet == stripped
+    )
     assert document.data
 
 
@@ -87,3 +90,27 @@ def _without_sources(fleet: Fleet) -> Fleet:
             replace(t, services=tuple(replace(s, source=None, build=None) for s in t.services)) for t in fleet.tenements
         ),
     )
+
+
+DOC = (Path(__file__).resolve().parents[1] / "docs" / "exports.md").read_text()
+COLUMNS = ("fly", "terraform", "compose")
+
+
+def kind(loss: Loss) -> str:
+    """Return the place of *loss* without names: ``service.deploy``, ``operators.org``, ``tenement.settings.data_dir``."""
+    first, *rest = loss.path.split(".")
+    if first == "fleet":
+        return loss.path
+    if first == "tenement" and len(rest) > 2 and rest[1] == "service":
+        return f"service.{rest[3]}"
+    return ".".join([first, *rest[1:]])
+
+
+@QUICK
+@given(fleets())
+def test_every_loss_is_in_the_manual(fleet: Fleet) -> None:
+    rows = {row[1]: row[0].split(" | ")[1:] for row in re.finditer(r"^\| `([a-z_.]+)` \|.*\|$", DOC, re.MULTILINE)}
+    for name, export in EXPORTS.items():
+        for loss in export(fleet, Site()).losses:
+            assert "loss" in rows[kind(loss)][COLUMNS.index(name)], (name, loss)
+            assert loss.why

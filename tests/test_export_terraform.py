@@ -69,17 +69,30 @@ def planned(terraform: Terraform, folder: Path, fleet: Fleet) -> dict[str, Any]:
 
 def many() -> Fleet:
     """Several accounts, more than ten machines, labels, names that start with a digit, texts that want to be templates."""
-    hosts = (SshHost(host="2001:db8::1", port=2222, labels=(Label(name="disk", value="nvme"),)), SshHost(host="h.example.com"))
+    hosts = (
+        SshHost(host="2001:db8::1", port=2222, labels=(Label(name="disk", value="nvme"),)),
+        SshHost(host="h.example.com"),
+    )
     return Fleet(
         name="shop",
         operators=(
-            HetznerOperator(name="1st", location="ash", server_type="cpx22", ssh_keys=('a"${x}%{y}\\b', "ops"), token_env="ONE"),
-            HetznerOperator(name="2nd", location="fsn1", server_type="cx23", token_env="TWO", secrets_ref="file:/etc/t"),
+            HetznerOperator(
+                name="1st", location="ash", server_type="cpx22", ssh_keys=('a"${x}%{y}\\b', "ops"), token_env="ONE"
+            ),
+            HetznerOperator(
+                name="2nd", location="fsn1", server_type="cx23", token_env="TWO", secrets_ref="file:/etc/t"
+            ),
             FlyOperator(name="fly", org="o", region="iad", image="registry.fly.io/x:1"),
             SshOperator(name="vps", hosts=hosts, key="/k/$${x}%%{", jump="a@b:22", host_key=HostKeyPolicy.ACCEPT_NEW),
         ),
         tenements=(
-            Tenement(name="a-b", operator="1st", count=12, routing_listen=("0.0.0.0:80", "[::]:443"), labels=(Label(name="tier", value="x"),)),
+            Tenement(
+                name="a-b",
+                operator="1st",
+                count=12,
+                routing_listen=("0.0.0.0:80", "[::]:443"),
+                labels=(Label(name="tier", value="x"),),
+            ),
             Tenement(name="b", operator="2nd"),
             Tenement(name="c", operator="fly", routing_listen=("0.0.0.0:8080",)),
             Tenement(name="d", operator="vps"),
@@ -108,7 +121,10 @@ def test_accounts_chunks_ports_and_hostile_texts_in_a_plan(terraform: Terraform,
     assert server["ssh_keys"] == ['a"${x}%{y}\\b', "ops", "laptop"]
     assert server["network"][0]["alias_ips"] == []
     groups = [address for address in found if "placement_group" in address]
-    assert groups == ['module._1st.hcloud_placement_group.this["a-b-1"]', 'module._1st.hcloud_placement_group.this["a-b-2"]']
+    assert groups == [
+        'module._1st.hcloud_placement_group.this["a-b-1"]',
+        'module._1st.hcloud_placement_group.this["a-b-2"]',
+    ]
     rules = found['module._1st.hcloud_firewall.this["a-b"]']["rule"]
     assert sorted(str(rule["port"]) for rule in rules) == ["22", "443", "80", "None"]
     assert found["module._1st.hcloud_network_subnet.this"]["network_zone"] == "us-east"
@@ -160,7 +176,10 @@ def test_user_data_installs_slum_and_joins(terraform: Terraform, tmp_path: Path)
     assert command[3:] == ["slum-join", "0.1.0", "https://slum.example.com", "workers-3"]
     assert TOKEN not in json.dumps(document["runcmd"]), "a token is never an argument"
     same = cloud_init(
-        server=quoted("https://slum.example.com"), machine=quoted("workers-3"), token=quoted(TOKEN), version=quoted("0.1.0")
+        server=quoted("https://slum.example.com"),
+        machine=quoted("workers-3"),
+        token=quoted(TOKEN),
+        version=quoted("0.1.0"),
     )
     assert yaml.safe_load(same) == document, "an operator's user data is the export's"
 
@@ -198,7 +217,9 @@ def test_every_text_survives_terraform_unchanged(terraform: Terraform, tmp_path:
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(fleet=fleets())
-def test_generated_fleets_are_formatted_as_terraform_does(tmp_path_factory: pytest.TempPathFactory, fleet: Fleet) -> None:
+def test_generated_fleets_are_formatted_as_terraform_does(
+    tmp_path_factory: pytest.TempPathFactory, fleet: Fleet
+) -> None:
     folder = write(tmp_path_factory.mktemp("tf"), fleet)
     run(tool("terraform"), f"-chdir={folder}", "fmt", "-check", "-recursive", "-diff", env={"TF_CLI_CONFIG_FILE": ""})
 
@@ -212,9 +233,16 @@ def test_hashicorps_parser_reads_it_and_no_resource_or_provider_is_unknown(tmp_p
     }
     for path, item in parsed.items():
         for name, (variable,) in item.get("variable", {}).items():
-            assert variable["type"] and variable["description"], (path, name)
+            assert variable["type"], (path, name)
+            assert variable["description"], (path, name)
             assert variable.get("sensitive", False) is ("token" in name), (path, name)
-    pins = [p for item in parsed.values() for t in item.get("terraform", ()) for r in t.get("required_providers", ()) for p in r.values()]
+    pins = [
+        p
+        for item in parsed.values()
+        for t in item.get("terraform", ())
+        for r in t.get("required_providers", ())
+        for p in r.values()
+    ]
     assert pins
     assert all(re.fullmatch(r"~> \d+\.\d+", pin["version"]) for pin in pins)
 
