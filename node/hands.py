@@ -234,8 +234,8 @@ class Hands:
         bundle = self.preparer.folder(generation.release)
         instance = self._describer.describe(key, generation, settings, bundle)
         path = self._describer.socket_path(key, service, generation.socket, settings)
-        if service.listen is Listen.SOCKET and service.socket is not None and path.parent.is_dir():
-            remove_socket(path, path.parent)
+        if service.listen is Listen.SOCKET and service.socket is not None:
+            remove_socket(path, self._describer.trusted_base(key, path, settings))
         return msgspec.structs.replace(runner.spawn(instance), meta=meta_of(key, generation))
 
     def _publish(self, key: Key, number: int) -> None:

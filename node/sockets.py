@@ -30,14 +30,9 @@ def open_socket(path: Path, *, base: Path, uid: int | None) -> int:
     *base* is a folder that the service cannot replace. FileNotFoundError while nothing is there, Planted when it is not a
     socket, lies behind a link, or (*uid* given) belongs to neither that user nor slum.
     """
-    parts = path.relative_to(base).parts
-    folder = os.open(base, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    folder = _open_folder(path, base)
     try:
-        for part in parts[:-1]:
-            below = _open_below(folder, part, os.O_DIRECTORY)
-            os.close(folder)
-            folder = below
-        fd = _open_below(folder, parts[-1], 0)
+        fd = _open_below(folder, path.name, 0)
     finally:
         os.close(folder)
     status = os.fstat(fd)
@@ -86,19 +81,19 @@ def open_to_traversal(folder: Path, router_gid: int) -> None:
         os.close(fd)
 
 
-def remove_socket(path: Path, folder: Path) -> None:
-    """Remove the socket at *path* directly in *folder*, if one is there; anything else stays."""
+def remove_socket(path: Path, base: Path) -> None:
+    """Remove the socket at *path*, if one is there and no link below *base* leads to it; anything else stays."""
     try:
-        fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
+        folder = _open_folder(path, base)
+    except (FileNotFoundError, NotADirectoryError, Planted):
         return
     try:
-        if stat.S_ISSOCK(os.stat(path.name, dir_fd=fd, follow_symlinks=False).st_mode):
-            os.unlink(path.name, dir_fd=fd)
+        if stat.S_ISSOCK(os.stat(path.name, dir_fd=folder, follow_symlinks=False).st_mode):
+            os.unlink(path.name, dir_fd=folder)
     except FileNotFoundError:
         return
     finally:
-        os.close(fd)
+        os.close(folder)
 
 
 def remove_folder(folder: Path) -> None:
@@ -141,6 +136,20 @@ def port_connections(ports: Iterable[int]) -> dict[int, int]:
             if port in counts and fields[3] == TCP_ESTABLISHED:
                 counts[port] += 1
     return counts
+
+
+def _open_folder(path: Path, base: Path) -> int:
+    """Return an O_PATH descriptor of the folder of *path*, reached from *base* through no link."""
+    folder = os.open(base, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for part in path.relative_to(base).parts[:-1]:
+            below = _open_below(folder, part, os.O_DIRECTORY)
+            os.close(folder)
+            folder = below
+    except OSError:
+        os.close(folder)
+        raise
+    return folder
 
 
 def _open_below(folder: int, name: str, flags: int) -> int:

@@ -86,7 +86,8 @@ def remove(root: Path) -> None:
     gone = root if root.name.startswith(".gone-") else root.with_name(f".gone-{os.urandom(8).hex()}")
     if gone != root:
         root.rename(gone)
-    for folder, folders, _files in os.walk(gone):
+    # Root needs no mode bits; and with another owner about, a link may take a folder's place before a chmod by name.
+    for folder, folders, _files in os.walk(gone) if os.geteuid() != 0 else ():
         for name in folders:
             path = os.path.join(folder, name)
             if not os.path.islink(path):

@@ -232,3 +232,20 @@ def test_a_run_folder_belongs_to_the_service_and_the_routers_group(tmp_path: Pat
     with pytest.raises(OSError, match=r"symbolic|directory"):
         make_run_folder(folder, uid=200_001, router_gid=199_999)
     assert tmp_path.stat().st_uid == os.geteuid()
+
+
+def test_no_socket_is_removed_behind_a_link(tmp_path: Path) -> None:
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    (mine / "real" / "deep").mkdir(parents=True)
+    (other / "deep").mkdir(parents=True)
+    (mine / "sub").symlink_to(other)
+    bound = []
+    for folder in (mine / "real" / "deep", other / "deep"):
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(str(folder / "a.sock"))
+        bound.append(folder / "a.sock")
+    remove_socket(mine / "sub" / "deep" / "a.sock", mine)
+    remove_socket(mine / "none" / "a.sock", mine)
+    assert all(path.is_socket() for path in bound)
+    remove_socket(mine / "real" / "deep" / "a.sock", mine)
+    assert [path.exists() for path in bound] == [False, True]
