@@ -17,7 +17,7 @@ import msgspec
 import pytest
 
 from slum.client import Client
-from slum.errors import Unreachable
+from slum.errors import ConfigError, SlumError, Unreachable
 from slum.node.keeperclient import Child, call
 from slum.node.types import Spawn
 from slum.paths import Home
@@ -137,3 +137,13 @@ def test_the_command_line_can_import_it_cheaply() -> None:
     script = "import sys, slum.server.boot; print({'starlette', 'uvicorn', 'structlog', 'httpx'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_data_folder_that_cannot_be_is_bad_input(home: Home, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for data in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/slum")):
+        with pytest.raises(
+            ConfigError if data.is_relative_to(tmp_path) else SlumError, match=f"the data folder {data} "
+        ):
+            boot.up(Home(data=data, run=home.run))
+    assert not home.run.exists()

@@ -6,6 +6,7 @@ and agent, and with *services* everything. Synchronous and light: the command li
 
 from __future__ import annotations
 
+import errno
 import http.client
 import os
 import secrets
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from slum.errors import SlumError, Unreachable
+from slum.errors import ConfigError, SlumError, Unreachable
 from slum.frozen import Frozen
 from slum.node.keeperclient import Child, KeeperError, call, start_detached
 from slum.node.limits.detect import detect
@@ -33,6 +34,7 @@ PROGRAMS: Mapping[str, str] = {
 """In the order in which they are started."""
 INHERITED = ("LANG", "LC_ALL", "TZ", "HOME", "VIRTUAL_ENV")
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+NOT_OURS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST})
 UP_S = 30.0
 GRACE_S = 10.0
 POLL_S = 0.02
@@ -91,15 +93,25 @@ def operator_site(home: Home, member: str) -> Site:
 
 
 def write_boot(home: Home) -> tuple[Spawn, ...]:
-    """Write boot.json, from which a keeper starts the programs after a reboot too, and return them; whole or not at all."""
+    """Write boot.json, from which a keeper starts the programs after a reboot too, and return them; whole or not at all.
+
+    ConfigError when the data folder is not ours to write.
+    """
     children = boot_children(home)
-    home.boot.parent.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
     temporary = home.boot.with_name(f".boot.{secrets.token_hex(4)}")
-    with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-        file.write(msgspec.json.format(msgspec.json.encode({"children": children})))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(home.boot)
+    try:
+        home.data.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(msgspec.json.format(msgspec.json.encode({"children": children})))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(home.boot)
+    except OSError as error:
+        refused = error.errno in NOT_OURS
+        raise (ConfigError if refused else SlumError)(
+            f"the data folder {home.data} cannot be written: {error.strerror}",
+            hint="choose another with --data-dir or SLUM_DATA_DIR, or be the user it belongs to" if refused else "",
+        ) from error
     return children
 
 
