@@ -8,6 +8,7 @@ logged or stored. Starts nothing.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -47,6 +48,18 @@ class Describer:
     def data_folder(self, key: Key, settings: Settings) -> Path:
         base = Path(settings.data_dir) if settings.data_dir else self.home.services
         return base / key.service / key.id
+
+    def misplaced(self, services: Iterable[str], settings: Settings) -> str:
+        """Return why ``data_dir`` cannot be used, in words: what lies below it would be slum's own; empty when it can."""
+        if settings.data_dir is None:
+            return ""
+        base = Path(os.path.realpath(settings.data_dir))
+        own, free = [Path(os.path.realpath(each)) for each in (self.home.data, self.home.run)], self.home.services
+        for name in services:
+            folder = base / name
+            if any(folder.is_relative_to(each) for each in own) and base != Path(os.path.realpath(free)):
+                return f"data_dir: {folder} would lie in slum's own folder; choose another, or leave it out"
+        return ""
 
     def socket_path(self, key: Key, service: Service, socket: int, settings: Settings) -> Path:
         """Return the path of socket number *socket*: the generation's own, or the fixed one that the service chose."""
@@ -166,7 +179,9 @@ class Describer:
                 )
             return value
         try:
-            with open(where, "rb") as file:
+            with open(where, "rb", opener=_at_once) as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise ConfigError(f"secret {secret.name} of {service.name}: {where} is no file")
                 data = file.read(SECRET_BYTES_MAX + 1)
             if len(data) > SECRET_BYTES_MAX or b"\0" in data:
                 raise ConfigError(f"secret {secret.name} of {service.name}: {where} is no short text")
@@ -185,6 +200,11 @@ class Filler:
 
     def __call__(self, text: str) -> str:
         return interpolate(text, **self._values, port=self._port)
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Open without waiting: a FIFO in the place of a file would hold up the whole agent."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def workdir(service: Service, fill: Filler, base: Path) -> Path:

@@ -172,7 +172,7 @@ class Agent:
             if missing:
                 why = f"service {service.name}: limits on {', '.join(missing)} do not work here: {self._limits.why}"
                 return f"{why} ({self._limits.fix})"
-        return ""
+        return self._describer.misplaced((service.name for service in desired.services), desired.settings)
 
     # --- deciding -----------------------------------------------------------------------------------------------------
     def _changed(self) -> None:

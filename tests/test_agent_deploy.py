@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from agent_support import SETTINGS, Site, alive, free_port, service, site, until, worker
 
-from slum.model import Deploy, Listen, Restart, Secret
+from slum.model import Deploy, Listen, Restart, Secret, Settings
 from slum.wire import Override, Phase
 
 
@@ -223,6 +223,22 @@ async def test_secrets_are_read_at_start_and_kept_nowhere(here: Site, tmp_path: 
     here.push(service(secrets=(missing,)))
     await here.member.until(lambda: here.phase() is Phase.FAILED)
     assert "cannot be read: No such file" in here.report().detail
+
+
+async def test_a_secret_that_is_no_file_holds_up_nobody(here: Site, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    here.push(service(secrets=(Secret(name="TOKEN", source=f"file:{tmp_path}/fifo"),)))
+    await here.member.until(lambda: here.phase() is Phase.FAILED)
+    assert "fifo is no file" in here.report().detail
+
+
+@pytest.mark.parametrize(("own", "inside"), [("data", "logs"), ("data", "services/x"), ("run", "p")])
+async def test_a_data_dir_among_slums_own_folders_is_refused(here: Site, own: str, inside: str) -> None:
+    folder = Path(getattr(here.home, own)) / inside
+    asked = here.push(service(), settings=Settings(data_dir=str(folder)))
+    await here.member.until(lambda: here.member.stamp == asked.stamp)
+    assert "slum's own folder" in here.member.refused
+    assert not (folder / "web").exists()
 
 
 async def test_a_level_or_limit_that_is_missing_is_refused_and_the_old_config_runs_on(here: Site) -> None:
