@@ -17,8 +17,9 @@ from slum.exports.assemble import Found, name_of, tenement_of
 from slum.exports.base import Imported, Losses
 from slum.exports.caddyfile import read_timeouts
 from slum.exports.compose import PRE_DEPLOY
-from slum.exports.compose_service import Project, read_service
+from slum.exports.compose_service import read_service
 from slum.exports.compose_shape import SECRETS, SERVICE, shaped
+from slum.exports.compose_variables import Project
 from slum.exports.interpolation import fill
 from slum.exports.yamltext import load
 from slum.model import Fleet, Level, LocalOperator, Operator, Settings, SshHost, SshOperator, Tenement

@@ -18,7 +18,7 @@ from slum.exports.assemble import RESERVED, VARIABLE, Found, name_of, tenement_o
 from slum.exports.base import Imported, Losses
 from slum.exports.container import APP, DATA, OWN, SOCKET, as_written
 from slum.exports.dockerfile import read_dockerfile
-from slum.exports.flytoml import CHDIR, OPERATOR, ORG, fleet_of
+from slum.exports.flyrules import CHDIR, OPERATOR, ORG, USUAL, fleet_of
 from slum.exports.foreign import bytes_of, read_foreign_dockerfile, seconds_of
 from slum.model import (
     DEFAULT_ID,
@@ -33,7 +33,6 @@ from slum.model import (
     Tenement,
 )
 
-REGION = "iad"
 IDLE_S = 300.0
 """About what Fly's proxy waits before it stops a machine without requests."""
 _NO_FOLDER = Path()
@@ -118,9 +117,6 @@ def import_fly(files: Mapping[str, str]) -> Imported:
     return Imported(fleet=fleet, losses=losses.all())
 
 
-_DEFAULT = FlyOperator(name=OPERATOR, org=ORG, region=REGION)
-
-
 def companions(path: str, text: str) -> tuple[str, ...]:
     """Return the Dockerfile that *path* names, relative to its folder, when it lies below it."""
     build = _dict(tomlfile.parse(text.encode(), path, _NO_FOLDER).data.get("build"))
@@ -136,7 +132,7 @@ def _operator(name: str, machine: Machine, volume_gb: int) -> FlyOperator:
         cpu_kind=machine.cpu_kind,
         cpus=machine.cpus,
         memory_mb=machine.memory_mb,
-        volume_gb=volume_gb or _DEFAULT.volume_gb,
+        volume_gb=volume_gb or USUAL.volume_gb,
     )
 
 
@@ -230,10 +226,10 @@ class _App:
         memory = vm.get("memory_mb") or _megabytes(vm.get("memory"))
         size = str(vm.get("size", ""))
         return Machine(
-            region=str(self.table.get("primary_region", REGION)),
+            region=str(self.table.get("primary_region", USUAL.region)),
             cpu_kind=str(vm.get("cpu_kind") or ("performance" if size.startswith("performance") else "shared")),
             cpus=int(vm.get("cpus") or _cpus(size)),
-            memory_mb=max(256, int(memory or _DEFAULT.memory_mb)),
+            memory_mb=max(256, int(memory or USUAL.memory_mb)),
             volume_gb=volume,
         )
 

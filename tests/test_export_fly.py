@@ -18,7 +18,8 @@ from exports_support import HOSTILE, ROOT, fleets
 from hypothesis import HealthCheck, given, settings
 
 from slum.exports.base import Site
-from slum.exports.flytoml import APP_NAME_MAX, export_fly
+from slum.exports.flyrules import APP_NAME_MAX
+from slum.exports.flytoml import export_fly
 from slum.fleetfile import load
 from slum.model import EnvVar, Fleet, FlyOperator, Level, Listen, Restart, Secret, Service, Settings, Tenement
 
