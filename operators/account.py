@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -98,28 +97,46 @@ class Token:
         return "Token(hidden)"
 
 
-def read_token(name: str, token_env: str, secrets_ref: str | None, env: Mapping[str, str] = os.environ) -> Token:
+class Hidden(str):
+    """A text with a secret in it, on its way to a provider."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "(hidden)"
+
+
+class Variables:
+    """The environment, to look names up in. Unlike the mapping itself it shows nothing to whoever prints it."""
+
+    __slots__ = ("_values",)
+
+    def __init__(self, values: Mapping[str, str]) -> None:
+        self._values = values
+
+    def get(self, name: str) -> str:
+        return self._values.get(name, "")
+
+
+def read_token(name: str, token_env: str, secrets_ref: str | None, variables: Variables) -> Token:
     """Return the token of operator *name*, from *secrets_ref* ("file:/abs", "env:NAME") or else the variable *token_env*."""
-    where, value = f"the variable {token_env}", env.get(token_env)
-    if secrets_ref is not None:
-        kind, _, rest = secrets_ref.partition(":")
-        where = f"the variable {rest}" if kind == "env" else f"the file {rest}"
-        if kind not in ("env", "file"):
-            raise ConfigError(
-                f"operators.{name}.secrets_ref: {kind}: is not supported", hint='use "file:/abs" or "env:NAME"'
-            )
-        try:
-            value = env.get(rest) if kind == "env" else Path(rest).read_text(encoding="ascii", errors="replace")
-        except OSError as error:
-            raise ConfigError(f"operators.{name}: {where} cannot be read: {error.strerror}") from error
-    value = (value or "").strip()
-    if not value:
+    kind, _, rest = (secrets_ref or f"env:{token_env}").partition(":")
+    if kind not in ("env", "file"):
+        raise ConfigError(
+            f"operators.{name}.secrets_ref: {kind}: is not supported", hint='use "file:/abs" or "env:NAME"'
+        )
+    where = f"the variable {rest}" if kind == "env" else f"the file {rest}"
+    try:
+        token = Token(variables.get(rest).strip() if kind == "env" else Path(rest).read_text(errors="replace").strip())
+    except OSError as error:
+        raise ConfigError(f"operators.{name}: {where} cannot be read: {error.strerror}") from error
+    if not token.reveal():
         raise ConfigError(
             f"operators.{name}: {where} holds no token", hint="the control plane reads it, not your shell"
         )
-    if not _TOKEN.fullmatch(value):  # never shown, and a library that refuses it in a header would show it
+    if not _TOKEN.fullmatch(token.reveal()):  # a library that refuses it in a header would show it
         raise ConfigError(f"operators.{name}: what {where} holds is no token: it has blanks or other odd characters")
-    return Token(value)
+    return token
 
 
 def checked_endpoint(url: str) -> str:

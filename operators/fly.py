@@ -13,7 +13,7 @@ import asyncio
 import os
 import re
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Generator, Mapping
 from contextlib import asynccontextmanager
 from functools import cache
 from typing import Any
@@ -30,6 +30,9 @@ from slum.operators.account import (
     REAL,
     SETTLE_S,
     Clock,
+    Hidden,
+    Token,
+    Variables,
     budget_of,
     checked_endpoint,
     pauses,
@@ -57,7 +60,7 @@ class Fly:
     def __init__(self, definition: FlyOperator, *, clock: Clock = REAL, env: Mapping[str, str] = os.environ) -> None:
         self._definition = definition
         self._clock = clock
-        self._env = env
+        self._variables = Variables(env)
 
     def machine_id(self, spec: MachineSpec) -> str:
         return naming.name_of(spec.cluster, spec.key)
@@ -287,19 +290,30 @@ class Fly:
     @asynccontextmanager
     async def _account(self) -> AsyncIterator[Account]:
         wanted = self._definition
-        token = read_token(wanted.name, wanted.token_env, wanted.secrets_ref, self._env)
-        endpoint = checked_endpoint(self._env.get(ENDPOINT_ENV) or ENDPOINT)
-        scheme = "" if token.reveal().startswith("FlyV1 ") else "Bearer "
-        headers = {"Authorization": scheme + token.reveal(), "User-Agent": f"slum/{__version__}"}
+        token = read_token(wanted.name, wanted.token_env, wanted.secrets_ref, self._variables)
+        endpoint = checked_endpoint(self._variables.get(ENDPOINT_ENV) or ENDPOINT)
         async with httpx.AsyncClient(
             verify=_tls(),
             base_url=f"{endpoint}/v1",
-            headers=headers,
+            auth=_Signed(token),
+            headers={"User-Agent": f"slum/{__version__}"},
             timeout=CALL_S,
             trust_env=False,
             limits=httpx.Limits(max_connections=AT_A_TIME, max_keepalive_connections=0),
         ) as http:
             yield Account(http, token, budget_of(endpoint, token, self._clock))
+
+
+class _Signed(httpx.Auth):
+    """Puts the token into each request; in no variable that a traceback might show."""
+
+    def __init__(self, token: Token) -> None:
+        self._token = token
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        scheme = "" if self._token.reveal().startswith("FlyV1 ") else "Bearer "
+        request.headers["Authorization"] = scheme + self._token.reveal()
+        yield request
 
 
 @cache
@@ -331,7 +345,7 @@ def _seen(app: str, machine: FlyMachine, cluster: str) -> Machine | None:
 def _env(spec: MachineSpec) -> dict[str, str]:
     env = {"SLUM_MACHINE": spec.machine, "SLUM_TENEMENT": spec.tenement}
     if spec.join is not None:
-        env |= {"SLUM_SERVER": spec.join.server, "SLUM_JOIN_TOKEN": spec.join.token}
+        env |= {"SLUM_SERVER": spec.join.server, "SLUM_JOIN_TOKEN": Hidden(spec.join.token)}
     return env
 
 

@@ -1,6 +1,6 @@
 """Fly's Machines API, one request a call: what its answers look like, and every error turned into ours.
 
-Exceptions of the HTTP library are not chained: their frames hold the token.
+Exceptions of the HTTP library are not kept: their frames hold the token.
 """
 
 from __future__ import annotations
@@ -117,12 +117,15 @@ class Account:
     ) -> httpx.Response:
         self._budget.spend("Fly")
         headers = {NONCE: nonce} if nonce else {}
+        response, why = None, ""
         try:
             response = await self._http.request(method, path, json=body, headers=headers, timeout=timeout_s)
         except httpx.TimeoutException:
-            raise self._refusal(what, "no answer in time") from None
+            why = "no answer in time"
         except httpx.HTTPError as error:
-            raise self._refusal(what, f"no whole answer ({type(error).__name__})") from None
+            why = f"no whole answer ({type(error).__name__})"
+        if response is None:
+            raise self._refusal(what, why)  # here, so that nothing leads back to the library's frames
         wait = self._budget.note(response.status_code, response.headers)
         if not response.is_success:
             raise self._refusal(what, _why(response), response, wait)

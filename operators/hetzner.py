@@ -23,6 +23,8 @@ from slum.operators.account import (
     REAL,
     SETTLE_S,
     Clock,
+    Hidden,
+    Variables,
     budget_of,
     checked_endpoint,
     pauses,
@@ -57,7 +59,7 @@ class Hetzner:
     ) -> None:
         self._definition = definition
         self._clock = clock
-        self._env = env
+        self._variables = Variables(env)
 
     def machine_id(self, spec: MachineSpec) -> str:
         return naming.name_of(spec.cluster, spec.key)
@@ -282,8 +284,8 @@ class Hetzner:
     @asynccontextmanager
     async def _project(self) -> AsyncIterator[Project]:
         wanted = self._definition
-        token = read_token(wanted.name, wanted.token_env, wanted.secrets_ref, self._env)
-        endpoint = checked_endpoint(self._env.get(ENDPOINT_ENV) or ENDPOINT)
+        token = read_token(wanted.name, wanted.token_env, wanted.secrets_ref, self._variables)
+        endpoint = checked_endpoint(self._variables.get(ENDPOINT_ENV) or ENDPOINT)
         project = Project(endpoint, token, budget_of(endpoint, token, self._clock))
         try:
             yield project
@@ -306,11 +308,13 @@ def _power_on(client: Client, server: BoundServer) -> BoundAction:
 def _user_data(spec: MachineSpec) -> str:
     if spec.join is None:
         raise OperatorError(f"Hetzner: {spec.machine} would not know how to join home", hint=NO_WAY_HOME)
-    text = cloud_init(
-        server=quoted(spec.join.server),
-        machine=quoted(spec.machine),
-        token=quoted(spec.join.token),
-        version=quoted(__version__),
+    text = Hidden(
+        cloud_init(
+            server=quoted(spec.join.server),
+            machine=quoted(spec.machine),
+            token=quoted(spec.join.token),
+            version=quoted(__version__),
+        )
     )
     if len(text.encode()) > BYTES_MAX:
         raise ConfigError(f"{spec.machine}: its user data takes more than {BYTES_MAX} bytes")

@@ -1,7 +1,7 @@
 """Hetzner's own client, kept to one request a call: no retries and no waits of its own, every error turned into ours.
 
 It is the official hcloud package, imported when it is first used. It knows no asyncio, so a call runs in a thread; one that
-is cancelled goes on there to its end, at most CALL_S. Its exceptions are not chained: their frames hold the token.
+is cancelled goes on there to its end, at most CALL_S. Its exceptions are not kept: their frames hold the token.
 """
 
 from __future__ import annotations
@@ -57,13 +57,14 @@ class Project:
             return await asyncio.to_thread(ask, self._client)
         except APIException as error:
             code = str(error.code) if isinstance(error.code, str) else None
-            raise self._refusal(what, error.message or "refused", code, error.correlation_id) from None
+            refused = self._refusal(what, error.message or "refused", code, error.correlation_id)
         except requests.exceptions.Timeout:
-            raise self._refusal(what, f"no answer within {CALL_S:g} s") from None
+            refused = self._refusal(what, f"no answer within {CALL_S:g} s")
         except requests.exceptions.RequestException as error:
-            raise self._refusal(what, f"no whole answer ({type(error).__name__})") from None
+            refused = self._refusal(what, f"no whole answer ({type(error).__name__})")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise self._refusal(what, f"an answer that is none of its API ({type(error).__name__})") from None
+            refused = self._refusal(what, f"an answer that is none of its API ({type(error).__name__})")
+        raise refused  # here, so that nothing leads back to the library's frames
 
     async def all(self, what: str, page_of: Callable[..., Any]) -> Sequence[Any]:
         """Return what all pages hold."""

@@ -6,6 +6,8 @@ what=${1:?run or dev} venv=${2:?folder of the virtual environment}
 
 packages=(python3 python3-venv bubblewrap ca-certificates curl nftables)
 [ "$what" = dev ] && packages+=(supervisor wrk git)
+# For prism, which holds what the cloud operators say and hear against the providers' own descriptions.
+[ "$what" = dev ] && for tool in nodejs:node npm:npm; do command -v "${tool#*:}" >/dev/null || packages+=("${tool%:*}"); done
 
 missing=()
 for package in "${packages[@]}"; do
@@ -48,6 +50,13 @@ extra=""
 [ "$what" = dev ] && extra="[dev]"
 echo "installing slum and its Python packages into $venv"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".$extra"
+
+prism=5.14.2
+if [ "$what" = dev ] && ! grep -qs "\"version\": \"$prism\"" "$venv/prism/node_modules/@stoplight/prism-cli/package.json"; then
+  echo "installing prism $prism into $venv/prism"
+  npm install --silent --no-audit --no-fund --prefix "$venv/prism" "@stoplight/prism-cli@$prism" ||
+    echo "prism is not there: the tests that need it are skipped" >&2
+fi
 
 hcl2json=0.21.0 # HashiCorp's own HCL parser, a judge of exported Terraform files
 if [ "$what" = dev ] && ! grep -qs "\"version\": \"$hcl2json\"" "$venv/npm/node_modules/@cdktf/hcl2json/package.json"; then

@@ -16,8 +16,8 @@ import sqlite3
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -33,7 +33,7 @@ from slum.ledger.commands import Done, Intent, Outcome
 from slum.ledger.reader import Reader
 from slum.operators import naming
 from slum.operators.account import SETTLE_S, Clock
-from slum.operators.base import Foretold, Join, Machine, MachineSpec, Operator
+from slum.operators.base import Join, Machine, MachineSpec
 from slum.operators.fly import Fly
 from slum.operators.hetzner import Hetzner
 from slum.server.decide import Action, Create, Destroy, Known, Recognise, Situation, Wanted, decide, key_of
@@ -48,13 +48,9 @@ CALLS_AN_ATTEMPT = 60
 JOIN = Join(server="https://home.example", token="join-canary-7f3a")
 
 
-class CloudOperator(Operator, Foretold):
-    pass
-
-
 @dataclass
 class Kind:
-    fake: Callable[[Liar, Clock], Cloud]
+    fake: Callable[[Liar, Clock], FakeHetzner | FakeFly]
     operator: Callable[[str, Cloud, Clock], Hetzner | Fly]
 
 
@@ -99,6 +95,7 @@ class Plane:
 
     def __init__(
         self,
+        kind: str,
         clock: SimClock,
         scribe: Scribe,
         reader: Reader,
@@ -106,6 +103,7 @@ class Plane:
         operator: Hetzner | Fly,
         random: Random,
     ) -> None:
+        self.kind = kind
         self.clock, self.scribe, self.reader, self.operator, self.random = clock, scribe, reader, operator, random
         self.db = db
         self.wanted: set[str] = set()
@@ -209,10 +207,10 @@ class Plane:
         self.clock.deadline = self.clock.at + left
         try:
             if isinstance(action, Create):
-                id = (await self.operator.create(self.spec(action))).id
+                made = (await self.operator.create(self.spec(action))).id
             else:
-                id = intent.machine_id
-                await self.operator.destroy(id)
+                made = intent.machine_id
+                await self.operator.destroy(made)
         except (SlumError, TimeoutError) as error:
             self.later(action.machine, getattr(error, "retry_after_s", None))
             return
@@ -220,7 +218,7 @@ class Plane:
             self.clock.deadline = None
         if commits:
             self.clock.now()
-            self.commit(Outcome(action=intent.action, ok=True, machine_id=id))
+            self.commit(Outcome(action=intent.action, ok=True, machine_id=made))
             self.tries.pop(action.machine, None)
 
     def later(self, machine: str, retry_after_s: float | None) -> None:
@@ -252,17 +250,16 @@ class Plane:
         return isinstance(self.scribe.one(command), Done)
 
 
-async def run(kind: str, seed: int, folder: Path) -> Report:
-    """Live through one seed and report what is wrong at its end, if anything."""
-    random, clock, report = Random(f"{kind}/{seed}"), SimClock(), Report(seed)
-    fake = KINDS[kind].fake(a_liar(seed), clock)
-    theirs = {naming.KEY: "w-1.1", naming.CLUSTER: NEIGHBOUR, naming.MACHINE: "w-1", naming.TENEMENT: "w"}
-    neighbours = (naming.name_of(NEIGHBOUR, "w-1.1"), "web-1")
-    fake.add_server(neighbours[0], theirs)
-    fake.add_server(neighbours[1], {})
+@contextmanager
+def a_plane(
+    kind: str, folder: Path, liar: Liar | None = None, seed: int = 0
+) -> Iterator[tuple[Plane, FakeHetzner | FakeFly, SimClock]]:
+    """Yield a control plane that leads, its provider and the time, all of them new."""
+    clock = SimClock()
+    fake = KINDS[kind].fake(liar or Liar(), clock)
+    home = folder / f"{kind}-{seed}"
+    home.mkdir()
     with ExitStack() as stack:
-        home = folder / f"{kind}-{seed}"
-        home.mkdir()
         state = new_state(home / "state.db")
         (home / "CURRENT").write_text("state.db\n")
         stack.callback(state.close)
@@ -270,9 +267,21 @@ async def run(kind: str, seed: int, folder: Path) -> Report:
         stack.callback(reader.close)
         db = stack.enter_context(closing(sqlite3.connect(f"{(home / 'state.db').as_uri()}?mode=ro", uri=True)))
         url = stack.enter_context(fake.serving())
-        plane = Plane(clock, Scribe(state), reader, db, KINDS[kind].operator(url, fake, clock), random)
+        operator = KINDS[kind].operator(url, fake, clock)
+        plane = Plane(kind, clock, Scribe(state), reader, db, operator, Random(f"{kind}/{seed}"))
         plane.begin()
-        await _live(plane, fake, random, report)
+        yield plane, fake, clock
+
+
+async def run(kind: str, seed: int, folder: Path) -> Report:
+    """Live through one seed and report what is wrong at its end, if anything."""
+    report = Report(seed)
+    theirs = {naming.KEY: "w-1.1", naming.CLUSTER: NEIGHBOUR, naming.MACHINE: "w-1", naming.TENEMENT: "w"}
+    neighbours = (naming.name_of(NEIGHBOUR, "w-1.1"), "web-1")
+    with a_plane(kind, folder, a_liar(seed), seed) as (plane, fake, _):
+        fake.add_server(neighbours[0], theirs)
+        fake.add_server(neighbours[1], {})
+        await _live(plane, fake, plane.random, report)
         report.looks, report.attempts, report.lives = plane.looks, plane.attempts, plane.count
         _judge(plane, fake, set(neighbours), report)
         if not report.problems:
@@ -281,7 +290,7 @@ async def run(kind: str, seed: int, folder: Path) -> Report:
     return report
 
 
-async def _live(plane: Plane, fake: Cloud, random: Random, report: Report) -> None:
+async def _live(plane: Plane, fake: FakeHetzner | FakeFly, random: Random, report: Report) -> None:
     """Go on until the last wish is fulfilled and nothing is under way, or for ROUNDS_MAX rounds."""
     names = [f"w-{n}" for n in range(1, random.randint(2, 5))]
     wishes = [set(random.sample(names, random.randint(0, len(names)))) for _ in range(random.randint(2, 5))]
@@ -308,7 +317,7 @@ async def _live(plane: Plane, fake: Cloud, random: Random, report: Report) -> No
                 raise
             fake.forget_caller()
             clock.fuse, clock.deadline = None, None
-            plane.operator = type(plane.operator)(plane.operator._definition, clock=clock, env=plane.operator._env)
+            plane.operator = KINDS[plane.kind].operator(fake.url, fake, clock)
             _forget_budgets(clock)
             plane.begin()
         clock.fuse = None
@@ -330,7 +339,7 @@ def _forget_budgets(clock: Clock) -> None:
     account._BUDGETS.pop(clock, None)
 
 
-def _judge(plane: Plane, fake: Cloud, neighbours: set[str], report: Report) -> None:
+def _judge(plane: Plane, fake: FakeHetzner | FakeFly, neighbours: set[str], report: Report) -> None:
     newest: dict[str, int] = {}
     for row in plane.reader.machines():
         newest[row.machine] = max(newest.get(row.machine, 0), row.incarnation)

@@ -165,6 +165,9 @@ class Cloud:
         """(method, path, status), newest last; status 0 when no answer was sent."""
         self.impatient = 0
         """Calls that came although a 429 had asked to stay away."""
+        self.scheme = "Bearer "
+        self.planned: list[Answer | None] = []
+        """Answered instead of doing the next calls, first one first; None lets one pass."""
         self._counts: Counter[str] = Counter()
         self._away_until = 0.0
         self._sent_away_at = -1.0
@@ -244,7 +247,7 @@ class Cloud:
             transport.close()
             return
         body = b"" if answer.body is None else json.dumps(answer.body).encode()
-        headers = {"content-type": JSON, "content-length": str(len(body)), **answer.headers}
+        headers = {"content-length": str(len(body)), **({"content-type": JSON} if body else {}), **answer.headers}
         if answer.status == 204:
             headers.pop("content-length")
         encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
@@ -293,8 +296,10 @@ class Cloud:
         return answer, "twice" if liar.says(liar.twice, "twice", about) else ""
 
     def _refused(self, call: Call, about: str, at: float) -> Answer | None:
-        if call.headers.get("authorization") != f"Bearer {self.token}":
+        if call.headers.get("authorization") != self.scheme + self.token:
             return self.error(401, "unauthorized", "unable to authenticate")
+        if self.planned and (planned := self.planned.pop(0)) is not None:
+            return self._sent_away(planned, at) if planned.status == 429 else planned
         try:
             limits = self.limits(at)
         except Refused as refused:

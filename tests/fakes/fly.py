@@ -2,7 +2,7 @@
 
 App names are unique in all of Fly, machine names in their app, volume names nowhere. A leased machine is changed only with
 the lease's nonce; /wait ends in 408 while the state is another; an app with machines in it is not deleted. A lease comes
-wrapped in "data", as the service does it, unless *as_described* asks for what the official description says.
+wrapped in "data" and what is not set is null, as the service has it; *as_described* asks for what its description says.
 """
 
 from __future__ import annotations
@@ -107,6 +107,10 @@ class FakeFly(Cloud):
         return Refused(self.error(status, "", message))
 
     def handle(self, call: Call) -> Answer:
+        answer = self._answer_to(call)
+        return Answer(answer.status, _without_nulls(answer.body), answer.headers) if self.as_described else answer
+
+    def _answer_to(self, call: Call) -> Answer:
         match call.method, call.path.removeprefix("/v1").strip("/").split("/"):
             case "GET", ["apps"]:
                 return self._list_apps(call.query.get("org_slug", ""))
@@ -345,3 +349,9 @@ class FakeFly(Cloud):
     def _new_id(self) -> str:
         self._last += 1
         return f"{self._last:014x}"
+
+
+def _without_nulls(body: Any) -> Any:
+    if isinstance(body, list):
+        return [_without_nulls(one) for one in body]
+    return {k: _without_nulls(v) for k, v in body.items() if v is not None} if isinstance(body, dict) else body
