@@ -84,6 +84,7 @@ class Roster:
     def remember(self, *, rebooted: bool) -> int:
         """Take up what the store kept; return how many lines of it cannot be read."""
         memories, bad = self._store.memories()
+        self._kept("", self._store.compact)
         kept = self._store.desired()
         policies = {service.name: service.restart for service in kept.services} if kept else {}
         for memory in memories:
@@ -149,13 +150,16 @@ class Roster:
         entry = self.entries.get(seen.key)
         if entry is None:
             entry = self.entries[seen.key] = Entry(seen)
-        try:
-            self._store.save(seen)
-        except OSError as error:
-            # A full disk must not end supervision: what a next agent would miss is history.
-            log.get().error("history_not_kept", key=str(seen.key), why=str(error))
+        self._kept(str(seen.key), lambda: self._store.save(seen))
         entry.seen = seen
         self.touch(seen.key)
+
+    def _kept(self, what: str, write: Callable[[], None]) -> None:
+        """Do *write*. A full disk must not end supervision: what a next agent would miss is history."""
+        try:
+            write()
+        except OSError as error:
+            log.get().error("history_not_kept", key=what, why=str(error))
 
     def touch(self, key: Key) -> None:
         """Have *key*, and what waits for it, decided on and reported again."""
@@ -169,7 +173,7 @@ class Roster:
         self._changed()
 
     def forget(self, key: Key) -> None:
-        self._store.forget(key)
+        self._kept(str(key), lambda: self._store.forget(key))
         self.entries.pop(key, None)
         self.dirty.discard(key)
         self._stale.discard(key)

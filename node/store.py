@@ -110,8 +110,11 @@ class Store:
                     continue
                 self._saved[memory.key] = memory
         self._saved = {key: memory for key, memory in self._saved.items() if not memory.forgotten}
-        self._rewrite()
         return list(self._saved.values()), bad
+
+    def compact(self) -> None:
+        """Have one line an instance on disk; OSError when it is full, and then each later writing tries it again."""
+        self._rewrite()
 
     def save(self, seen: Observed) -> None:
         """Keep what must outlive this agent, when it changed."""
@@ -149,7 +152,12 @@ class Store:
         if self._log < 0 or self._log_bytes + len(line) > LOG_BYTES_MAX:
             self._rewrite()
             return
-        os.write(self._log, line)
+        written = 0
+        try:
+            written = os.write(self._log, line)
+        finally:
+            if written < len(line):  # the disk is full: once there is room the whole is written anew
+                self.close()
         self._log_bytes += len(line)
 
     def _rewrite(self) -> None:
@@ -196,13 +204,19 @@ def observed_of(memory: Memory) -> Observed:
 
 
 def write_atomically(file: Path, data: bytes, *, sync: bool) -> None:
-    """Replace *file* by *data* as a whole; with *sync*, on disk before returning."""
+    """Replace *file* by *data* as a whole, or leave it (OSError); with *sync*, on disk before returning."""
     unfinished = file.with_suffix(".new")
-    with open(unfinished, "wb", buffering=0, opener=_private) as out:
-        out.write(data)
-        if sync:
-            os.fsync(out.fileno())
-    unfinished.rename(file)
+    try:
+        with open(unfinished, "wb", opener=_private) as out:  # buffered: it writes on after a write that was cut short
+            out.write(data)
+            out.flush()
+            if sync:
+                os.fsync(out.fileno())
+        unfinished.rename(file)
+    except OSError:
+        with suppress(FileNotFoundError):
+            unfinished.unlink()
+        raise
     if sync:
         folder = os.open(file.parent, os.O_RDONLY | os.O_CLOEXEC)
         try:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,7 @@ def test_what_is_saved_is_read_again_and_a_torn_end_is_skipped(home: Home, store
         assert (memories, bad) == ([memory_of(seen)], 1)
         assert observed_of(memories[0]).counter == 3
         assert again.service(KEY, "r1") == WEB
+        again.compact()
         assert len(file.read_bytes().splitlines()) == 1
     finally:
         again.close()
@@ -216,3 +219,42 @@ def test_a_full_disk_does_not_end_supervision(store: Store, home: Home) -> None:
     seen = Observed(key=KEY, counter=9, past=(Past(at=1, generation=1, socket=1, release="r", restarts=0, status=1),))
     told.fold(seen)
     assert told.seen(KEY) == seen
+    told.forget(KEY)
+    told.remember(rebooted=False)
+
+
+@contextmanager
+def room_for(bytes_: int) -> Iterator[None]:
+    """No file may grow beyond *bytes_*: a write is cut short there, as it is where a disk ends."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_config_that_does_not_fit_leaves_the_one_before_whole(store: Store, home: Home) -> None:
+    first = desired(WEB)
+    store.keep_desired(first)
+    second = desired(*(service(f"s{number}") for number in range(100)))
+    with room_for(4096), pytest.raises(OSError, match="too large"):
+        store.keep_desired(second)
+    assert store.desired() == first
+    assert [path.name for path in home.agent.iterdir()] == ["desired.json"]
+    store.keep_desired(second)
+    assert store.desired() == second
+
+
+def test_a_line_that_is_cut_short_costs_no_other(store: Store, home: Home) -> None:
+    told = roster(store, [])
+    told.desire(desired(WEB))
+    told.fold(Observed(key=KEY, counter=1))
+    size = (home.agent / "instances.jsonl").stat().st_size
+    with room_for(size + 10):
+        told.fold(Observed(key=KEY, counter=2))
+    other = Key(tenement="here", service="web", id="other")
+    told.fold(Observed(key=other, counter=3))
+    again = Store(home)
+    memories, bad = again.memories()
+    assert ({memory.key: memory.counter for memory in memories}, bad) == ({KEY: 2, other: 3}, 0)
