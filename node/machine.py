@@ -47,6 +47,7 @@ HOUSEKEEPING_S = 60.0
 ROUNDS_MAX = 1000
 RETRY_S = 1.0
 """After an action that this machine could not do at all, say for want of space."""
+UNKEPT_RETRY_S = 3.0
 Levels = Mapping[Level, Available | Unavailable]
 
 
@@ -71,6 +72,8 @@ class Agent:
         self._wake = asyncio.Event()
         self._steady = False
         """Whether the keeper is there and taken over: only then is anything decided."""
+        self._unkept: Desired | None = None
+        """The newest config, while the disk has no room for it."""
         self._wakes: dict[Key, float] = {}
         self._clock = Clock()
         self._link = Link(home.api_socket, self)
@@ -131,6 +134,7 @@ class Agent:
         if desired == known and not self._roster.refused:
             return
         why = self._obstacle(desired)
+        self._unkept = None
         if why:
             log.get().warning("config_refused", revision=desired.revision, why=why)
             self._roster.refuse(desired.stamp, why)
@@ -139,7 +143,10 @@ class Agent:
             self._store.keep_desired(desired)
             self._describer.give_uids(service.name for service in desired.services)
         except (SlumError, OSError) as error:
+            log.get().warning("config_not_kept", revision=desired.revision, why=str(error))
             self._roster.refuse(desired.stamp, f"the config cannot be kept: {error}")
+            self._unkept = desired
+            self._group.create_task(self._desire_again(desired), name="desire again")
             return
         log.get().info("config_received", revision=desired.revision, services=len(desired.services))
         self._roster.desire(desired)
@@ -151,6 +158,12 @@ class Agent:
 
     def open_stream(self, request: OpenStream) -> None:
         self._streams.open(request)
+
+    async def _desire_again(self, desired: Desired) -> None:
+        """Try a config that the disk had no room for; nobody sends it again."""
+        await asyncio.sleep(UNKEPT_RETRY_S)
+        if self._unkept is desired:
+            self.desire(desired)
 
     def _obstacle(self, desired: Desired) -> str:
         """Return what *desired* asks for and this machine lacks, in words; empty when there is nothing."""

@@ -214,7 +214,7 @@ def write_atomically(file: Path, data: bytes, *, sync: bool) -> None:
                 os.fsync(out.fileno())
         unfinished.rename(file)
     except OSError:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # what failed first is what is told
             unfinished.unlink()
         raise
     if sync:

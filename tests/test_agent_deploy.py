@@ -232,6 +232,19 @@ async def test_a_secret_that_is_no_file_holds_up_nobody(here: Site, tmp_path: Pa
     assert "fifo is no file" in here.report().detail
 
 
+async def test_a_config_that_could_not_be_kept_is_tried_again(here: Site) -> None:
+    here.push(service())
+    await here.healthy()
+    (here.home.agent / "desired.new").mkdir()
+    asked = here.push(service(env={"VERSION": "v2"}))
+    await here.member.until(lambda: here.member.stamp == asked.stamp)
+    assert "cannot be kept" in here.member.refused
+    (here.home.agent / "desired.new").rmdir()
+    await here.member.until(lambda: here.member.refused == "")
+    await here.healthy()
+    assert (await here.ask()).startswith("v2")
+
+
 @pytest.mark.parametrize(("own", "inside"), [("data", "logs"), ("data", "services/x"), ("run", "p")])
 async def test_a_data_dir_among_slums_own_folders_is_refused(here: Site, own: str, inside: str) -> None:
     folder = Path(getattr(here.home, own)) / inside
