@@ -219,11 +219,11 @@ def left_at_each_step_of_a_seal(home: Path, tmp_path: Path) -> dict[str, Path]:
             write(steps, f"{len(steps.member._journal)}")
         steps.member._offer()
         keep("the Seal is in no entry yet")
-        steps.member._group.tick(0)
+        steps.member._tick()
         keep("the Seal is logged but not synced")
         steps.member._journal.sync()
         synced = keep("the Seal is synced but not applied")
-        steps.member._group.tick(0)
+        steps.member._tick()
         assert steps.member.position.epoch == 2
         keep("state.db is in the next epoch but the group is not")
         path = max(folder.journals(home).items())[1]

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slum.ledger import events, folder, journal
+from slum.frozen import Frozen
+from slum.ledger import events, folder, identity, journal
 from slum.ledger.commands import PROTOCOL
 from slum.ledger.commands import Member as MemberRow
 from slum.ledger.refusal import RESTORE, Refusal
@@ -26,23 +27,46 @@ Note = Callable[..., Any]
 """Called with the name of a log event and its fields."""
 
 
+class Beginning(Frozen):
+    """All that the first state.db of a cluster depends on."""
+
+    cluster: str
+    lineage: str
+    generation: int
+    members: tuple[MemberRow, ...]
+    at: float
+
+
 def current_or_new(home: Path, epoch_bytes: int, at: float, note: Note) -> Path:
     """Return the path of the current state file in *home*, that of a new cluster when there is none."""
     path = folder.current(home)
     if path is not None:
         return path
     _clear_unfinished(home)
-    cluster = str(uuid.uuid4())
+    me = identity.load(home)
+    first = MemberRow(id=FIRST_MEMBER, incarnation=uuid.uuid4().hex[:16]) if me is None else identity.row(home, me)
+    beginning = Beginning(
+        cluster=str(uuid.uuid4()), lineage=uuid.uuid4().hex[:16], generation=int(at * 1000), members=(first,), at=at
+    )
+    path = begin(home, beginning, epoch_bytes)
+    note("cluster_created", cluster=beginning.cluster, generation=beginning.generation)
+    return path
+
+
+def begin(home: Path, beginning: Beginning, epoch_bytes: int) -> Path:
+    """Lay down the ledger that *beginning* describes in *home*, and return its state file; the same on every member."""
+    home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    cluster = beginning.cluster
     position = Position(
         cluster_id=cluster,
-        generation=int(at * 1000),
+        generation=beginning.generation,
         epoch=1,
-        lineage=uuid.uuid4().hex[:16],
+        lineage=beginning.lineage,
         term=0,
         applied=0,
         seq=0,
         chain=hashlib.sha256(cluster.encode()).hexdigest(),
-        members=(MemberRow(id=FIRST_MEMBER, incarnation=uuid.uuid4().hex[:16]),),
+        members=beginning.members,
         protocol=PROTOCOL,
         leader="",
         revision=0,
@@ -54,11 +78,10 @@ def current_or_new(home: Path, epoch_bytes: int, at: float, note: Note) -> Path:
     epoch = new_epoch(position, 1)
     journal.create(folder.journal_path(home, epoch), folder.journal_id(cluster, epoch), epoch_bytes).close()
     fresh, path = home / UNFINISHED, home / folder.FIRST_STATE
-    bootstrap(fresh, position, actor=f"ledger@{FIRST_MEMBER}", at=at)
+    bootstrap(fresh, position, actor=f"ledger@{beginning.members[0].id}", at=beginning.at)
     fresh.rename(path)
     journal.sync_folder(home)
     folder.move_current(home, path.name)
-    note("cluster_created", cluster=cluster, generation=position.generation)
     return path
 
 

@@ -1,15 +1,18 @@
 """One epoch's Raft group: PySyncObj 0.3.17 with the parts replaced that lose data, and proof that the replacement took.
 
 The only module that reaches inside PySyncObj. It takes from it elections, replication and the order of commits, and gives
-it our journal instead of its own, msgpack instead of pickle, and time.monotonic as its clock. Fixed members, no dump,
-no compaction, no thread of its own: the owner calls tick(). A group of one commits in the tick after an append, so the
-owner must sync the journal before each tick; with peers the transport syncs before each message. What is called back
-(*on_entry*) must never raise: PySyncObj would apply the entry again, for ever.
+it our journal instead of its own, msgpack instead of pickle, and our clock and randomness (which a simulation replaces).
+Fixed members, no dump, no compaction, no thread of its own: the owner calls tick(), and says when to stand for election.
+A group of one commits in the tick after an append, so the owner must sync the journal before each tick; with peers the
+transport syncs before each message. What is called back (*on_entry*) must never raise: PySyncObj would apply the entry
+again, for ever.
 """
 
 from __future__ import annotations
 
+import math
 import os
+import random
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -43,7 +46,6 @@ _package, _engine = _import_engine()
 
 from pysyncobj.node import Node  # noqa: E402 - after the guarded import
 from pysyncobj.pipe_notifier import PipeNotifier  # noqa: E402
-from pysyncobj.poller import POLL_EVENT_TYPE  # noqa: E402
 from pysyncobj.syncobj import SyncObj  # noqa: E402
 from pysyncobj.transport import Transport  # noqa: E402
 from pysyncobj.version import VERSION as ENGINE_VERSION  # noqa: E402
@@ -78,10 +80,40 @@ def _journal_given(journal: Any) -> Journal:
     return journal
 
 
+class _Chance:
+    """Stands in for PySyncObj's random module."""
+
+    source: random.Random = random.SystemRandom()
+
+    @classmethod
+    def random(cls) -> float:
+        return cls.source.random()
+
+
+class _Clock:
+    """PySyncObj's own clock is MONOTONIC_RAW, which nothing else here is compared with."""
+
+    source: Callable[[], float] = time.monotonic
+
+    @classmethod
+    def now(cls) -> float:
+        return cls.source()
+
+
+_now = _Clock.now
+
+
+def simulate(clock: Callable[[], float], chance: random.Random) -> None:
+    """Give every group of this process another clock and other dice: for simulations, which are one process each."""
+    _Clock.source = clock
+    _Chance.source = chance
+
+
 def _replace_parts() -> None:
     _engine.pickle = _Codec
     _engine.createJournal = _journal_given
-    _engine.monotonicTime = time.monotonic
+    _engine.monotonicTime = _now
+    _engine.random = _Chance
 
 
 _replace_parts()
@@ -91,13 +123,20 @@ def check_engine() -> None:
     """Raise InvariantError unless this is exactly the PySyncObj that was examined, and our parts are in it."""
     invariant(ENGINE_VERSION == VERSION, f"PySyncObj {ENGINE_VERSION} is installed, the ledger needs exactly {VERSION}")
     known = SyncObj.__init__.__globals__
-    for name, ours in (("pickle", _Codec), ("createJournal", _journal_given), ("monotonicTime", time.monotonic)):
+    for name, ours in (
+        ("pickle", _Codec),
+        ("createJournal", _journal_given),
+        ("monotonicTime", _now),
+        ("random", _Chance),
+    ):
         invariant(known[name] is ours, f"PySyncObj does not use our {name}")
     for function, name in (
         (SyncObj.__init__, "createJournal"),
         (SyncObj.__init__, "_SyncObj__raftElectionDeadline"),
         (SyncObj.__init__, "_SyncObj__pipeNotifier"),
         (SyncObj._onTick, "monotonicTime"),
+        (SyncObj._onTick, "_SyncObj__raftElectionDeadline"),
+        (SyncObj._SyncObj__generateRaftTimeout, "random"),
         (PipeNotifier.notify, "_PipeNotifier__pipeW"),
     ):
         invariant(name in function.__code__.co_names, f"PySyncObj's {function.__qualname__} does not use {name}")
@@ -145,14 +184,12 @@ class Group(SyncObj):  # type: ignore[misc]  # PySyncObj has no types
         peers: Sequence[str],
         journal: Journal,
         transport: Transport,
-        wake: Wake,
         on_entry: Callable[[bytes], None],
         timing: Timing,
     ) -> None:
         check_engine()
-        self._journal = journal
         self._on_entry = on_entry
-        self._wake = wake
+        self._ended = False
         forever = sys.maxsize
         super().__init__(
             Node(member),
@@ -177,18 +214,15 @@ class Group(SyncObj):  # type: ignore[misc]  # PySyncObj has no types
             transport=transport,
         )
         invariant(self._SyncObj__raftLog is journal, "PySyncObj runs on another journal than ours")
-        self._poller.subscribe(wake.descriptor, self._woken, POLL_EVENT_TYPE.READ)
-        if not peers:
-            # Nobody's answer will end the wait, and an append is committed in the tick after the one that logged it.
-            self.addOnTickCallback(self._wake_if_dirty)
 
     @_package.replicated  # type: ignore[untyped-decorator]  # PySyncObj has no types
     def append(self, data: bytes) -> None:
         self._on_entry(data)
 
-    def tick(self, wait_s: float) -> None:
-        """Do what is due, then wait for messages or a wake, at most *wait_s*."""
-        self.doTick(wait_s)
+    def tick(self, *, stand: bool = False) -> None:
+        """Do what is due, and stand for election only when told to. Never waits."""
+        self._SyncObj__raftElectionDeadline = 0.0 if stand else math.inf
+        self.doTick(0.0)
 
     @property
     def leads(self) -> bool:
@@ -203,26 +237,26 @@ class Group(SyncObj):  # type: ignore[misc]  # PySyncObj has no types
     def term(self) -> int:
         return int(self.raftCurrentTerm)
 
-    def stand_now(self) -> None:
-        """Call an election at the next tick instead of waiting for the timeout to pass."""
-        self._SyncObj__raftElectionDeadline = 0.0
+    @property
+    def commit(self) -> int:
+        return int(self.raftCommitIndex)
+
+    def acknowledged(self, peer: str) -> int:
+        """Return the highest index that *peer* has said to hold; of meaning on the leader only."""
+        found: int = self._SyncObj__raftMatchIndex.get(Node(peer), 0)
+        return found
 
     def close(self) -> None:
         """End the group, and close the two descriptors that PySyncObj forgets. Never call it from inside a tick."""
-        self._poller.unsubscribe(self._wake.descriptor)
+        if self._ended:
+            return
+        self._ended = True
         notifier = self._SyncObj__pipeNotifier
         pipes = (notifier._PipeNotifier__pipeR, notifier._PipeNotifier__pipeW)
         self._poller.unsubscribe(pipes[0])
         self.destroy()
         for descriptor in pipes:
             os.close(descriptor)
-
-    def _woken(self, _descriptor: int, _events: int) -> None:
-        self._wake.clear()
-
-    def _wake_if_dirty(self) -> None:
-        if self._journal.dirty:
-            self._wake.set()
 
 
 def command_entry(command: bytes) -> bytes | None:

@@ -89,6 +89,18 @@ class Journal:
         """Say that entries up to *index* are known to be committed (state.db has applied them)."""
         self._commit = max(self._commit, min(index, len(self._terms)))
 
+    def term_of(self, index: int) -> int:
+        """Return the term of the entry with *index*, which counts from 1."""
+        return self._terms[index - 1]
+
+    def entry(self, index: int) -> LogEntry:
+        return self._read(index - 1)
+
+    @property
+    def last(self) -> tuple[int, int]:
+        """(term, index) of the last entry: what elections compare."""
+        return (self._terms[-1], len(self._terms)) if self._terms else (0, 0)
+
     def close(self) -> None:
         """Close the file; safe to repeat. What was not synced is lost, as it would be in a crash."""
         if self._descriptor >= 0:
@@ -143,7 +155,7 @@ class Journal:
         invariant(False, f"PySyncObj tried to compact a journal to {entryTo}: an epoch is never compacted")
 
     def _destroy(self) -> None:
-        self.close()
+        """A group has ended; its journal is still read by members that are behind, and closed by its owner."""
 
     def __len__(self) -> int:
         return len(self._terms)
@@ -273,6 +285,11 @@ def open_journal(path: Path, bytes_max: int) -> Journal:
         os.close(descriptor)
         raise
     return journal
+
+
+def sync_file(descriptor: int) -> None:
+    """Make an open file durable."""
+    os.fsync(descriptor)
 
 
 def sync_folder(folder: Path) -> None:

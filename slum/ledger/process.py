@@ -1,7 +1,7 @@
 """The ledger process: `python -m slum.ledger.process --data-dir D --run-dir R`.
 
-A process of its own, so that no load on the API can stall a commit or, with several members, an election. It owns the
-folder Home.state, listens on Home.ledger_socket (0600, peer credentials checked), logs JSON lines to stderr, and ends with
+A process of its own, so that no load on the API can stall a commit or an election. It owns the folder Home.state, talks to
+the other members if that folder says who it is (identity.py), listens on Home.ledger_socket (0600, peer credentials checked), logs JSON lines to stderr, and ends with
 status 0 after SIGTERM. When its files are damaged or its disk fails it ends with status 1, and its last line says what is
 wrong and the way out; the keeper may start it again without harm.
 """
@@ -22,12 +22,22 @@ from typing import Any
 
 from slum import log
 from slum.errors import SlumError
-from slum.ledger.member import Config, Member, opened
+from slum.ledger import identity
+from slum.ledger.links import Links
+from slum.ledger.member import Config, Member, opened, real_world
 from slum.ledger.service import Connection, Service
 from slum.paths import Home, checked_home
 
 WARNINGS = frozenset(
-    {"ballast_is_missing", "ballast_not_made", "ballast_given_up", "disk_became_low", "torn_frame_was_cut"}
+    {
+        "ballast_is_missing",
+        "ballast_not_made",
+        "ballast_given_up",
+        "disk_became_low",
+        "torn_frame_was_cut",
+        "peer_was_refused",
+        "clocks_differ",
+    }
 )
 DISK_HINT = "look at its disk, then start again; nothing acknowledged is lost"
 
@@ -38,7 +48,9 @@ def main(arguments: Sequence[str]) -> int:
     os.umask(0o077)
     logger = log.start("ledger")
     try:
-        with opened(home.state, config, run=secrets.token_hex(8), note=_note) as member:
+        me = identity.load(home.state)
+        world = real_world(Links(home.state, me, _note)) if me is not None else None
+        with opened(home.state, config, run=secrets.token_hex(8), note=_note, world=world) as member:
             asyncio.run(_serve(member, home))
     except (SlumError, OSError, sqlite3.Error) as error:
         hint = error.hint if isinstance(error, SlumError) else DISK_HINT

@@ -105,6 +105,14 @@ class Proposer:
                 if waiting is not None:
                     self._settle(waiting, result)
 
+    def refuse(self, request_ids: Sequence[str], error: SlumError) -> None:
+        """Answer those of what is in flight that *request_ids* names with *error*."""
+        with self._lock:
+            for request_id in request_ids:
+                waiting = self._in_flight.pop(request_id, None)
+                if waiting is not None:
+                    self._settle(waiting, error)
+
     def put_back(self) -> None:
         """What is in flight certainly did not take effect, or may safely be proposed again: queue it first."""
         with self._lock:

@@ -103,6 +103,22 @@ class State:
     def epochs(self, count: int) -> tuple[EpochRow, ...]:
         return schema.last_epochs(self._db, count)
 
+    def history(self) -> dict[tuple[int, int], str]:
+        """Return the chain before each epoch, by (generation, epoch)."""
+        rows = self._db.execute("SELECT generation, epoch, chain0 FROM epochs")
+        return {(generation, epoch): chain0 for generation, epoch, chain0 in rows}
+
+    def results_hash(self, number: int) -> bytes:
+        """Return the hash of the results of entry *number* of this epoch."""
+        row = self._db.execute("SELECT results_hash FROM entries WHERE number = ?", (number,)).fetchone()
+        if row is None:
+            raise Damaged(f"{self._path}: entry {number} of this epoch has no results on record", hint=RESTORE)
+        found: bytes = row[0]
+        return found
+
+    def row_hash(self) -> str:
+        return schema.row_hash(self._db)
+
     def fleet_bytes(self) -> int:
         """Return the packed size of the newest fleet."""
         row = self._db.execute("SELECT length(fleet) FROM revisions ORDER BY revision DESC LIMIT 1").fetchone()

@@ -1,0 +1,125 @@
+"""Copies of state.db on their way between members: made by SQLite's backup, sent in parts, checked by digest.
+
+Outgoing makes at most one copy at a time, apart from the ledger's thread, and forgets it a while after the last question.
+Incoming collects one into a file of its own; nobody else looks at it before it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+from slum.ledger import folder
+from slum.ledger.peerwire import Part, WantCopy
+
+PART_BYTES = 1 << 20
+KEPT_S = 30.0
+FRESH_S = 5.0
+"""Whoever begins to ask gets a copy at most so old, unless another one is being given out."""
+_OUT, _IN = "outgoing.db", "incoming.db"
+
+
+class Outgoing:
+    def __init__(self, home: Path, apart: Callable[[Callable[[], None]], None], clock: Callable[[], float]) -> None:
+        self._home = home
+        self._path = home / _OUT
+        self._apart = apart
+        self._clock = clock
+        self._name = ""
+        self._made: tuple[str, int, str] | None = None
+        """(name, size, sha256); set by whoever makes the copy, as its last act."""
+        self._failed = False
+        self._asked_at = self._made_at = 0.0
+        folder.remove_state_file(self._path)
+
+    def part(self, wanted: WantCopy) -> Part:
+        """Return the part of the copy that *wanted* names, or begin to make one."""
+        now = self._clock()
+        if self._failed or (not wanted.name and self._made is not None and now - self._made_at > FRESH_S):
+            self._name, self._failed = "", False
+        self._asked_at = now
+        if not self._name:
+            self._made, self._made_at = None, now
+            self._name = secrets.token_hex(8)
+            self._apart(self._make)
+        made = self._made
+        if made is None or wanted.name not in ("", made[0]):
+            return Part(name="", offset=0, size=0, sha256="", data=b"")
+        name, size, digest = made
+        with self._path.open("rb") as file:
+            file.seek(wanted.offset)
+            data = file.read(PART_BYTES)
+        return Part(name=name, offset=wanted.offset, size=size, sha256=digest, data=data)
+
+    def tick(self) -> None:
+        if self._made is not None and self._clock() - self._asked_at > KEPT_S:
+            self._made, self._name = None, ""
+            folder.remove_state_file(self._path)
+
+    def close(self) -> None:
+        folder.remove_state_file(self._path)
+
+    def _make(self) -> None:
+        name = self._name
+        try:
+            folder.remove_state_file(self._path)
+            current = folder.current(self._home)
+            if current is None:
+                raise FileNotFoundError(self._home)
+            with (
+                closing(sqlite3.connect(f"{current.as_uri()}?mode=ro", uri=True)) as source,
+                closing(sqlite3.connect(self._path)) as copy,
+            ):
+                source.backup(copy)
+                # One file, so that its bytes are all of it.
+                copy.execute("PRAGMA journal_mode=DELETE").close()
+            with self._path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            self._made = (name, self._path.stat().st_size, digest)
+        except (OSError, sqlite3.Error):
+            # Asked again, it is tried again; the one that asks shows how long it waits.
+            self._failed = True
+
+
+class Incoming:
+    def __init__(self, home: Path) -> None:
+        self._path = home / _IN
+        self.name = ""
+        self.size = 0
+        """What has been collected."""
+        self._file: int = -1
+        self._digest = hashlib.sha256()
+
+    def take(self, part: Part) -> Path | None:
+        """Add *part*; return the path of the copy once it is whole and its digest is right, durable."""
+        if part.offset != self.size:
+            return None
+        if self._file < 0:
+            folder.remove_state_file(self._path)
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            self.name = part.name
+        os.write(self._file, part.data)
+        self._digest.update(part.data)
+        self.size += len(part.data)
+        if self.size < part.size and part.data:
+            return None
+        os.fsync(self._file)
+        right = self._digest.hexdigest() == part.sha256
+        os.close(self._file)
+        self._file = -1
+        if right:
+            return self._path
+        self.reset()
+        return None
+
+    def reset(self) -> None:
+        """Forget what was collected."""
+        if self._file >= 0:
+            os.close(self._file)
+        self._file, self.name, self.size, self._digest = -1, "", 0, hashlib.sha256()
+        folder.remove_state_file(self._path)

@@ -1,0 +1,198 @@
+"""Who is there, in which epoch, and what is to be done with what they send: the desk between network, wire and catch-up.
+
+Lives across epochs, as connections do. Frames of an older epoch are dropped, those of a newer one are kept (at most
+STASH_MAX a peer) until this member gets there. Decides nothing about hellos, elections or logs itself: judge.py,
+election.py and overlap.py do. All in the ledger's one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from slum.ledger.beginning import Note
+from slum.ledger.commands import Member
+from slum.ledger.judge import Refuse, judge
+from slum.ledger.net import Down, Event, Got, Net, Up
+from slum.ledger.peerwire import (
+    STASH_MAX,
+    Append,
+    AskPreVote,
+    AskVote,
+    Hello,
+    HigherTerm,
+    Message,
+    NextIndex,
+    OfEpoch,
+    Part,
+    Ping,
+    Place,
+    PreVote,
+    Relay,
+    RelayRefused,
+    Tail,
+    Vote,
+    WantCopy,
+    WantTail,
+)
+from slum.ledger.transport import Wire
+
+PING_S = 0.3
+CLOCK_OFF_S = 5.0
+_OF_EPOCH = (Append, NextIndex, AskVote, Vote, AskPreVote, PreVote, HigherTerm)
+
+
+class Desk(Protocol):
+    """What a member does with what is not the wire's."""
+
+    def on_behind(self, peer: str) -> None: ...
+
+    def on_catch_up(self, peer: str, message: WantTail | Tail | WantCopy | Part) -> None: ...
+
+    def on_relay(self, peer: str, message: Relay) -> None: ...
+
+    def on_relay_refused(self, peer: str, message: RelayRefused) -> None: ...
+
+
+@dataclass(slots=True)
+class _Peer:
+    place: Place
+    seq: int
+    stash: list[OfEpoch] = field(default_factory=list)
+    clock_off_s: float = 0.0
+
+
+class Peers:
+    def __init__(
+        self, net: Net, desk: Desk, *, clock: Callable[[], float], now: Callable[[], float], note: Note
+    ) -> None:
+        self._net = net
+        self._desk = desk
+        self._clock = clock
+        self._now = now
+        self._note = note
+        self._peers: dict[str, _Peer] = {}
+        self._known: dict[str, Member] = {}
+        self._history: Mapping[Place, str] = {}
+        self._hello: Callable[[], Hello] | None = None
+        self._wire: Wire | None = None
+        self._place: Place = (0, 0)
+        self._next_ping = 0.0
+        self._refused: dict[str, str] = {}
+
+    def begin(
+        self,
+        *,
+        place: Place,
+        known: Mapping[str, Member],
+        history: Mapping[Place, str],
+        hello: Callable[[], Hello],
+        wire: Wire | None,
+    ) -> None:
+        """From now on this member is in epoch *place*, whose *wire* is None when it has no peers there."""
+        self._place, self._wire, self._hello = place, wire, hello
+        self._known, self._history = dict(known), history
+        self._next_ping = 0.0
+        for name in [name for name in self._peers if name not in known]:
+            del self._peers[name]
+        for name, peer in list(self._peers.items()):
+            stash, peer.stash = peer.stash, []
+            if peer.place == place and wire is not None:
+                wire.up(name)
+            for message in stash:
+                self._of_epoch(name, peer, message)
+
+    @property
+    def up(self) -> tuple[str, ...]:
+        return tuple(self._peers)
+
+    def seq_of(self, peer: str) -> int | None:
+        """Return how far *peer* was when it last said so; None when it is not connected."""
+        found = self._peers.get(peer)
+        return found.seq if found else None
+
+    def place_of(self, peer: str) -> Place | None:
+        found = self._peers.get(peer)
+        return found.place if found else None
+
+    def tick(self, seq: int) -> None:
+        """Ping everyone when it is time."""
+        now = self._clock()
+        if now >= self._next_ping:
+            self._next_ping = now + PING_S
+            for name in self._peers:
+                self._net.send(name, Ping(place=self._place, seq=seq, at=self._now()))
+
+    def handle(self, event: Event) -> None:
+        match event:
+            case Up():
+                self._up(event)
+            case Down():
+                if self._peers.pop(event.peer, None) is not None and self._wire is not None:
+                    self._wire.down(event.peer)
+            case Got():
+                peer = self._peers.get(event.peer)
+                if peer is not None:
+                    self._got(event.peer, peer, event.message)
+
+    def _up(self, event: Up) -> None:
+        assert self._hello is not None
+        name, theirs = event.peer, event.hello
+        if self._peers.pop(name, None) is not None and self._wire is not None:
+            self._wire.down(name)
+        verdict = judge(
+            self._hello(),
+            theirs,
+            known=self._known.get(name),
+            history=self._history,
+            acknowledged=self._wire.acknowledged(name) if self._wire is not None else 0,
+        )
+        if isinstance(verdict, Refuse):
+            if self._refused.get(name) != verdict.why:
+                self._refused[name] = verdict.why
+                self._note("peer_was_refused", peer=name, why=verdict.why)
+            self._net.drop(name, verdict.why)
+            return
+        self._refused.pop(name, None)
+        self._peers[name] = _Peer(place=theirs.place, seq=theirs.seq)
+        self._look(name, self._peers[name])
+
+    def _got(self, name: str, peer: _Peer, message: Message) -> None:
+        match message:
+            case Ping():
+                peer.place, peer.seq = max(peer.place, message.place), message.seq
+                self._watch_clock(name, peer, message.at)
+                self._look(name, peer)
+            case WantTail() | Tail() | WantCopy() | Part():
+                self._desk.on_catch_up(name, message)
+            case Relay():
+                self._desk.on_relay(name, message)
+            case RelayRefused():
+                self._desk.on_relay_refused(name, message)
+            case _ if isinstance(message, _OF_EPOCH):
+                self._of_epoch(name, peer, message)
+
+    def _of_epoch(self, name: str, peer: _Peer, message: OfEpoch) -> None:
+        if message.place < self._place:
+            return
+        peer.place = max(peer.place, message.place)
+        if message.place > self._place:
+            if len(peer.stash) < STASH_MAX:
+                peer.stash.append(message)
+            self._desk.on_behind(name)
+        elif self._wire is not None:
+            self._wire.up(name)
+            self._wire.take(name, message)
+
+    def _look(self, name: str, peer: _Peer) -> None:
+        if peer.place > self._place:
+            self._desk.on_behind(name)
+        elif peer.place == self._place and self._wire is not None:
+            self._wire.up(name)
+
+    def _watch_clock(self, name: str, peer: _Peer, at: float) -> None:
+        off = at - self._now()
+        if abs(off) > CLOCK_OFF_S >= abs(peer.clock_off_s):
+            self._note("clocks_differ", peer=name, seconds=round(off, 1))
+        peer.clock_off_s = off

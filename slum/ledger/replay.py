@@ -1,0 +1,122 @@
+"""An epoch's journal and state.db, opened together: are they of one history, and where does applying go on.
+
+PySyncObj applies a journal from its start at every start. What state.db has applied already is skipped, while the chain is
+computed again over those entries and the hashes of their results; it must come out the same. After a copy of state.db was
+taken from another member its journal is still empty and is filled by replication: then the chain is compared when the
+skipping ends. A mismatch is damage; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import msgspec
+
+from slum.errors import InvariantError
+from slum.frozen import Frozen
+from slum.ledger import folder, journal
+from slum.ledger.beginning import Note
+from slum.ledger.group import command_entry
+from slum.ledger.refusal import Damaged
+from slum.ledger.state import State, next_chain
+
+_COPIED = "copied.json"
+
+
+class Copied(Frozen):
+    """state.db came from another member at this point, so that this epoch's journal may end before it."""
+
+    generation: int
+    epoch: int
+    applied: int
+
+
+class Skip:
+    """Counts down the entries that state.db has applied, and checks their chain when that was not done at the start."""
+
+    def __init__(self, state: State, *, checked: bool) -> None:
+        self.left = state.position.applied
+        self._state = state
+        self._checked = checked
+        self._chain = state.epochs(1)[0].chain0
+        self._number = 0
+
+    def take(self, data: bytes) -> bool:
+        """Tell whether the entry *data* is to be skipped; raise Damaged when what was skipped is not what was applied."""
+        if self.left == 0:
+            return False
+        self.left -= 1
+        if not self._checked:
+            self._number += 1
+            self._chain = next_chain(self._chain, data, self._state.results_hash(self._number))
+            if self.left == 0 and self._chain != self._state.position.chain:
+                raise Damaged(
+                    "the copy of state.db that was taken does not follow from the entries that the members hold"
+                )
+        return True
+
+
+def open_epoch(home: Path, state: State, epoch_bytes: int, note: Note) -> tuple[journal.Journal, Skip]:
+    """Open the journal that state.db names and check that state.db is what comes of it."""
+    (epoch,) = state.epochs(1)
+    position = state.position
+    path = folder.journal_path(home, epoch)
+    opened = journal.open_journal(path, epoch_bytes)
+    try:
+        if opened.torn:
+            note("torn_frame_was_cut", journal=str(path))
+        if opened.identity != folder.journal_id(position.cluster_id, epoch):
+            raise Damaged(f"{path}: this journal is of another history than state.db")
+        replayed = _Regular(opened)
+        why = state.is_replay_of(islice(replayed, position.applied))
+        short = replayed.count < position.applied and _was_copied(home, state)
+        if why and not short:
+            raise Damaged(f"{path}: {why}")
+        opened.raise_commit(replayed.index)
+    except BaseException:
+        opened.close()
+        raise
+    return opened, Skip(state, checked=not short)
+
+
+def mark_copied(home: Path, state: State) -> None:
+    """Note, durably, that *state*'s journal begins empty."""
+    at = state.position
+    mark = Copied(generation=at.generation, epoch=at.epoch, applied=at.applied)
+    fresh = home / (_COPIED + ".new")
+    with fresh.open("wb") as file:
+        file.write(msgspec.json.encode(mark))
+        file.flush()
+        journal.sync_file(file.fileno())
+    fresh.rename(home / _COPIED)
+    journal.sync_folder(home)
+
+
+def _was_copied(home: Path, state: State) -> bool:
+    try:
+        mark = msgspec.json.decode((home / _COPIED).read_bytes(), type=Copied)
+    except FileNotFoundError:
+        return False
+    except msgspec.MsgspecError as error:
+        raise InvariantError(f"{home / _COPIED} cannot be read: {error}") from error
+    at = state.position
+    return (mark.generation, mark.epoch, mark.applied) == (at.generation, at.epoch, at.applied)
+
+
+class _Regular:
+    """The entries that append() wrote, without PySyncObj's no-ops; *index* is the log index of the last one given."""
+
+    def __init__(self, log: journal.Journal) -> None:
+        self._log = log
+        self.index = 1
+        self.count = 0
+
+    def __iter__(self) -> Iterator[bytes]:
+        for command, index, _ in self._log[0:]:
+            data = command_entry(command)
+            if data is not None:
+                self.index = index
+                self.count += 1
+                yield data
