@@ -195,7 +195,7 @@ class Keeper:
             client.answer(request["id"], **answer)
 
     def _hello(self, _client: Client, _request: dict[str, Any], _fds: list[int]) -> dict[str, Any]:
-        about = {"pid": os.getpid(), "version": __version__, "protocol": PROTOCOL}
+        about = {"pid": os.getpid(), "version": __version__, "protocol": PROTOCOL, "data": self._places.data}
         return {**about, "boot_id": self.boot_id, "started_at": self.started_at}
 
     def _spawn(self, client: Client, request: dict[str, Any], fds: list[int]) -> None:

@@ -80,6 +80,8 @@ class Hello(Frozen):
     boot_id: str
     started_at: float
     protocol: int
+    data: str = ""
+    """Its data folder; "" from an older keeper, which does not tell."""
 
 
 class Listening(Frozen):

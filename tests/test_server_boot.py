@@ -147,3 +147,14 @@ def test_a_data_folder_that_cannot_be_is_bad_input(home: Home, tmp_path: Path) -
         ):
             boot.up(Home(data=data, run=home.run))
     assert not home.run.exists()
+
+
+def test_another_data_folder_for_a_run_folder_in_use_is_refused(home: Home, tmp_path: Path) -> None:
+    boot.up(home)
+    other = Home(data=tmp_path / "other", run=home.run)
+    with pytest.raises(ConfigError, match=f"keeps its data in {home.data}, not in {other.data}"):
+        boot.up(other)
+    assert not other.data.exists()
+    link = tmp_path / "link"
+    link.symlink_to("/tmp")
+    boot.check_keeper(Home(data=link / home.data.name, run=home.run))

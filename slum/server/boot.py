@@ -115,8 +115,22 @@ def write_boot(home: Home) -> tuple[Spawn, ...]:
     return children
 
 
+def check_keeper(home: Home) -> None:
+    """Return when no keeper uses the run folder, or one that keeps the same data folder; ConfigError otherwise."""
+    try:
+        data = str(call(home, "hello").get("data") or home.data)
+    except Unreachable:
+        return
+    if os.path.realpath(data) != os.path.realpath(home.data):
+        raise ConfigError(
+            f"what runs in {home.run} keeps its data in {data}, not in {home.data}; nothing was changed",
+            hint=f"add --data-dir {data}, or choose another --run-dir for a control plane of its own",
+        )
+
+
 def up(home: Home, *, timeout_s: float = UP_S) -> UpResult:
     """Make keeper, ledger, server and agent run and return when the API answers; finds what runs. Unreachable if not."""
+    check_keeper(home)
     children = write_boot(home)
     before = _children(home)
     hello = start_detached(home)
