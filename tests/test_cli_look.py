@@ -15,6 +15,7 @@ from cli_support import Desk, desk  # noqa: F401 - fixtures
 from fakes.api import START, FakeFleet
 
 from slum import api, render, wire
+from slum.cli.progress import live_page
 from slum.cli.story import explain_lines
 from slum.cli.target import moment, span_s
 from slum.cli.views import event_lines, member_lines, ps_lines, status_lines
@@ -82,7 +83,7 @@ def test_status() -> None:
     fake = world()
     status = fake.status()
     assert "\n".join(status_lines(status, tuple(fake.views.values()), plain)) == (
-        "control plane  running since 60 min, version 0.1.0, pid 4242 (data /var/lib/slum)\n"
+        "control plane  running for 60 min, version 0.1.0, pid 4242 (data /var/lib/slum)\n"
         "ledger         leader m1, epoch 4, sequence 107\n"
         "fleet          quickstart, revision 2, domain localhost\n"
         "instances      2 healthy, 1 failed\n"
@@ -161,6 +162,39 @@ def test_explain_says_what_to_do_in_every_state(phase: str, serving: int | None,
     lines = explain_lines(api.Explanation(service="notes", instances=(view,), events=(), logs=()), NOW, plain)
     assert lines[0].startswith(starts)
     assert next_step in lines[-1]
+
+
+def test_a_live_page_that_does_not_fit_shows_what_is_not_there_yet() -> None:
+    steps = [
+        api.Progress(what="instance", name=f"here/s{n}/main", state="running", ok=True, final=True, took_s=1.0)
+        for n in range(50)
+    ]
+    steps[20] = msgspec.structs.replace(steps[20], state="failed", ok=False, detail="exit 1")
+    steps[40] = msgspec.structs.replace(steps[40], state="pending", final=False)
+    lines = live_page(steps, 3.0, 5).plain.splitlines()
+    assert [line.split()[:2] for line in lines[:3]] == [["s40", "pending"], ["s20", "failed"], ["s0", "running"]]
+    assert lines[4:] == ["  and 46 more; 48 of 50 arrived"]
+    assert [len(live_page(steps, 3.0, most).plain.splitlines()) for most in (50, None)] == [50, 50]
+
+
+def test_explain_of_one_that_waits_leads_to_what_it_waits_for() -> None:
+    view = world().views["here/web/b"]
+    for detail, next_step in (
+        ("waits for db", "it starts when db is well: `slum explain db`"),
+        ("waits for generation 3 to stop", "wait; `slum logs web/b -f` shows what it says"),
+    ):
+        report = msgspec.structs.replace(view.report, phase=wire.Phase.PENDING, serving=None, detail=detail)
+        seen = msgspec.structs.replace(view, report=report)
+        lines = explain_lines(api.Explanation(service="web", instances=(seen,), events=(), logs=()), NOW, plain)
+        assert lines[-1] == f"  next: {next_step}"
+
+
+def test_explain_of_one_of_several_instances_names_it_in_all_that_is_to_be_typed() -> None:
+    view = world().views["here/web/b"]
+    view = msgspec.structs.replace(view, report=msgspec.structs.replace(view.report, phase=wire.Phase.STOPPED))
+    lines = explain_lines(api.Explanation(service="web", instances=(view,), events=(), logs=()), NOW, plain)
+    assert lines[0].startswith("web/b on ")
+    assert lines[-1] == "  next: `slum start web/b`"
 
 
 def test_what_a_service_wrote_cannot_steer_the_terminal() -> None:
@@ -262,6 +296,14 @@ def test_events_are_listed_filtered_and_verified(desk: Desk) -> None:  # noqa: F
     assert len(desk.slum("events", "--since", "2023-11-14T22:13:22+00:00").out.splitlines()) == 1
     assert desk.slum("events", "--actor", "nobody").out == ""
     assert desk.slum("events", "--verify").out == "2 events up to sequence 102: the chain holds\n"
+
+
+def test_no_event_is_said_and_a_mistyped_kind_corrected(desk: Desk) -> None:  # noqa: F811
+    desk.slum("apply", "--yes")
+    assert desk.slum("events", "--kind", "fleet_aplied").err == "no event matches; did you mean `fleet_applied`?\n"
+    assert desk.slum("events", "--service", "nobody").err == "no event matches\n"
+    ran = desk.slum("events", "--service", "nobody", "--json")
+    assert ran.json == []
 
 
 def test_stop_start_restart(desk: Desk) -> None:  # noqa: F811

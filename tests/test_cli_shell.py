@@ -65,7 +65,7 @@ def test_refusals_and_absences_are_told(applied: Desk) -> None:
     applied.slum("stop", "notes")
     stopped = piped(applied, "exec", "notes", "ls")
     assert stopped.returncode == 2
-    assert b"notes/main is stopped" in stopped.stderr
+    assert b"notes is stopped" in stopped.stderr
 
 
 def test_a_lost_connection_is_told(applied: Desk) -> None:

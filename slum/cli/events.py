@@ -63,6 +63,8 @@ def events(
             asked.emit(found)
             return None
         _show(asked, found)
+        if not found and not follow and last != 0:
+            asked.note(_none_found(client, kind))
         if follow:
             after = (
                 found[-1].number if found else max((e.number for e in client.events(limit=1, newest=True)), default=0)
@@ -70,6 +72,15 @@ def events(
             for event in client.follow_events(after=after, kind=kind, service=service, actor=actor):
                 _show(asked, (event,))
     return None
+
+
+def _none_found(client: Client, kind: str | None) -> str:
+    """Return what to say instead of an empty page; a kind that nobody ever wrote is likely mistyped."""
+    from slum.render import closest
+
+    kinds = {event.kind for event in client.events(limit=PAGE, newest=True)}
+    near = closest(kind, kinds) if kind is not None and kind not in kinds else ""
+    return f"no event matches{near}"
 
 
 def _all(client: Client, service: str | None, kind: str | None, actor: str | None) -> list[api.Event]:

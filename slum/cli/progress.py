@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -100,37 +100,46 @@ def _plain(asked: Invocation) -> Show:
 
 @contextmanager
 def _live() -> Iterator[Show]:
-    """All lines at once, redrawn in place, seconds running."""
+    """A page redrawn in place, seconds running: what does not fit is counted, and at the end all of it is printed."""
     from rich.console import Console
     from rich.live import Live
 
     latest: dict[str, api.Progress] = {}
     started = time.monotonic()
+    ended = False
     console = Console(highlight=False)
-    with Live(
-        get_renderable=lambda: _page(latest, time.monotonic() - started), console=console, refresh_per_second=8
-    ) as live:
 
-        def show(step: api.Progress) -> None:
-            latest[step.name] = step
-            live.refresh()
+    def page() -> Text:
+        # A copy: the page is drawn by a thread of its own.
+        return live_page(list(latest.values()), time.monotonic() - started, None if ended else console.height - 1)
 
+    def show(step: api.Progress) -> None:
+        latest[step.name] = step
+
+    with Live(get_renderable=page, console=console, refresh_per_second=8):
         yield show
+        ended = True
 
 
-def _page(latest: dict[str, api.Progress], elapsed_s: float) -> Text:
+def live_page(steps: Sequence[api.Progress], elapsed_s: float, lines_max: int | None = None) -> Text:
+    """Return *steps* one a line; of more than *lines_max* those that are on their way or failed, and how many others."""
     from rich.text import Text
 
     styles = {"good": "green", "bad": "red", "warn": "yellow", "dim": "dim"}
-    rows = [(step, *_words(step, elapsed_s)) for step in latest.values()]
+    shown, rest = list(steps), ""
+    if lines_max is not None and len(steps) > lines_max:
+        shown = sorted(steps, key=lambda step: (step.final, step.final and step.ok))[: lines_max - 1]
+        arrived = sum(step.final and step.ok for step in steps)
+        rest = f"\n  and {len(steps) - len(shown)} more; {arrived} of {len(steps)} arrived"
+    rows = [(step, *_words(step, elapsed_s)) for step in shown]
     width = max((len(name) for _, name, _, _ in rows), default=0)
-    page = Text(no_wrap=True, overflow="ellipsis")
+    page = Text(no_wrap=lines_max is not None, overflow="ellipsis" if lines_max is not None else "fold")
     for n, (step, name, state, took) in enumerate(rows):
         style = "bad" if step.final and not step.ok else "good" if step.final else PHASE_STYLE.get(step.state, "warn")
         page.append(f"{'' if n == 0 else chr(10)}  {name:<{width}}  ")
         page.append(f"{state:<32}", styles.get(style, ""))
         page.append(f"  {took}", "dim")
-    return page
+    return page.append(rest, "dim")
 
 
 def _words(step: api.Progress, elapsed_s: float) -> tuple[str, str, str]:

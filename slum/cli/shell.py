@@ -11,6 +11,7 @@ from slum.cli.base import Invocation, TrailingCommand, command
 from slum.cli.look import chosen
 from slum.cli.target import service_argument, split_target, tenement_option
 from slum.errors import ConfigError
+from slum.render import instance_name
 from slum.wire import Phase
 
 RUNNING = frozenset({Phase.HEALTHY, Phase.RUNNING, Phase.DEGRADED, Phase.STARTING, Phase.UNHEALTHY})
@@ -79,9 +80,11 @@ def _pick(views: tuple[api.InstanceView, ...], *, needs_running: bool) -> api.In
     running = next((view for view in views if view.report.phase in RUNNING), None)
     if running is None and needs_running:
         report = views[0].report
+        name = instance_name(report.service, report.id, alone=report.id == "main")
+        verb = "start" if report.phase is Phase.STOPPED else "restart"
         raise ConfigError(
-            f"{report.service}/{report.id} is {report.phase}: there is nothing to run a command in",
-            hint=f"`slum {'start' if report.phase is Phase.STOPPED else 'restart'} {report.service}`, or `slum run {report.service} -- COMMAND` behind a new wall",
+            f"{name} is {report.phase}: there is nothing to run a command in",
+            hint=f"`slum {verb} {name}`, or `slum run {name} -- COMMAND` behind a new wall",
         )
     return running or views[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from slum.wire import Phase
 SERVING = frozenset({Phase.HEALTHY, Phase.RUNNING, Phase.DEGRADED})
 GIVEN_UP = frozenset({Phase.FAILED, Phase.BACKOFF, Phase.UNHEALTHY})
 ON_THE_WAY = frozenset({Phase.PENDING, Phase.STARTING, Phase.STOPPING})
+WAITS = "waits for "
 ENDS = ("instance_exited", "instance_stopped")
 VERBS = {
     "generation_started": "started",
@@ -36,7 +38,7 @@ class Line(NamedTuple):
 
 def explain_lines(told: api.Explanation, now: float, paint: Paint) -> list[str]:
     """Return the whole page."""
-    lines = [headline(view, now, paint, alone=len(told.instances) == 1) for view in told.instances]
+    lines = [headline(view, now, paint) for view in told.instances]
     if not told.instances:
         known = "is declared, but no machine has reported it yet" if told.desired else "is not declared any more"
         lines = [f"{paint(told.service, 'strong')} {known}"]
@@ -57,10 +59,10 @@ def explain_lines(told: api.Explanation, now: float, paint: Paint) -> list[str]:
     return lines
 
 
-def headline(view: api.InstanceView, now: float, paint: Paint, *, alone: bool) -> str:
+def headline(view: api.InstanceView, now: float, paint: Paint) -> str:
     """Return one instance's state as a sentence."""
     report = view.report
-    name = f"{paint(instance_name(report.service, report.id, alone=alone), 'strong')} on {view.tenement}"
+    name = f"{paint(_name(view), 'strong')} on {view.tenement}"
     phase = paint(report.phase, PHASE_STYLE.get(report.phase, ""))
     detail = clean(report.detail)
     newest = max((generation.number for generation in report.generations), default=0)
@@ -77,6 +79,10 @@ def headline(view: api.InstanceView, now: float, paint: Paint, *, alone: bool) -
     if view.stale_s is not None:
         text += f" (as told {seconds(view.stale_s)} ago: its agent is not connected)"
     return text
+
+
+def _name(view: api.InstanceView) -> str:
+    return instance_name(view.report.service, view.report.id, alone=view.report.id == "main")
 
 
 def story_of(told: api.Explanation) -> list[Line]:
@@ -141,9 +147,16 @@ def _event_text(event: api.Event, told: api.Explanation) -> str:
     return f"{words}{why}" if kind in ("instance", "service") else f"{subject}: {words}{why}"
 
 
+def _waits(view: api.InstanceView) -> bool:
+    """Tell whether it waits for another service, which the agent names in its detail."""
+    report = view.report
+    return report.phase is Phase.PENDING and bool(re.fullmatch(rf"{WAITS}[a-z0-9-]+", report.detail))
+
+
 def next_step(told: api.Explanation) -> str:
     """Return what to do now."""
-    service = told.service
+    # What to type names the one instance that was asked about, else the service.
+    service = _name(told.instances[0]) if len(told.instances) == 1 else told.service
     phases = {view.report.phase for view in told.instances}
     if not told.instances:
         return "`slum status` shows the machines" if told.desired else "declare it in slum.toml and `slum apply`"
@@ -161,6 +174,9 @@ def next_step(told: api.Explanation) -> str:
         return f"`slum restart {service}` runs it again"
     if any(view.report.since == 0 for view in told.instances):
         return "`slum status` shows the machine, whose agent has told nothing yet"
+    blocker = next((v.report.detail.removeprefix(WAITS) for v in told.instances if _waits(v)), None)
+    if blocker is not None:
+        return f"it starts when {blocker} is well: `slum explain {blocker}`"
     if phases & ON_THE_WAY:
         return f"wait; `slum logs {service} -f` shows what it says"
     return f"nothing to do; `slum logs {service} -f` shows what it says"

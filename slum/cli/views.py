@@ -58,7 +58,7 @@ def status_lines(status: api.Status, instances: Sequence[api.InstanceView], pain
     up = seconds(status.now - status.started_at)
     leader = f"leader {ledger.leader}" if ledger.leader else paint("no leader", "bad")
     lines = [
-        f"control plane  {paint('running', 'good')} since {up}, version {status.version}, pid {status.pid}"
+        f"control plane  {paint('running', 'good')} for {up}, version {status.version}, pid {status.pid}"
         f" (data {status.data_dir})",
         f"ledger         {leader}, epoch {ledger.epoch}, sequence {ledger.seq}",
         f"fleet          {status.fleet or '(none yet)'}, revision {status.revision}, domain {status.domain}",
