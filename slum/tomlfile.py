@@ -98,12 +98,17 @@ def _syntax_message(error: str, name: str, text: str) -> str:
     found = re.fullmatch(r"(.*) \(at (?:line (\d+), column (\d+)|end of document)\)", error, re.DOTALL)
     if found is None:
         return f"{name}: not TOML: {error[:200]}"
-    what = found[1][:1].lower() + found[1][1:200]
+    what = re.sub(r"\(('[^)]*)\)", _dotted, found[1][:1].lower() + found[1][1:200])
     if what.startswith(("cannot overwrite", "cannot declare", "duplicate inline table key", "cannot mutate")):
         what += ": the same key twice"
     if found[2] is None:
         return f"{name}:{text.count(chr(10)) + (not text.endswith(chr(10)))}: not TOML: {what} (at the end of the file)"
     return f"{name}:{found[2]}: not TOML: {what} (column {found[3]})"
+
+
+def _dotted(keys: re.Match[str]) -> str:
+    """Return tomllib's "('a', 'b')" as it stands in a file: [a.b]."""
+    return "[" + ".".join(re.findall(r"'([^']*)'", keys[1])) + "]"
 
 
 class _Token(NamedTuple):
