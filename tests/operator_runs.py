@@ -321,8 +321,9 @@ async def _live(plane: Plane, fake: FakeHetzner | FakeFly, random: Random, repor
             _forget_budgets(clock)
             plane.begin()
         clock.fuse = None
-        is_quiet = actions == () and not wishes and not plane.held and plane.is_settled()
-        quiet = quiet + 1 if is_quiet else 0
+        if actions is not None:
+            is_quiet = not actions and not wishes and not plane.held and plane.is_settled()
+            quiet = quiet + 1 if is_quiet else 0
         clock.at += random.uniform(0.5, ROUND_S)
     fake.settle()
 
