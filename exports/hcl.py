@@ -54,10 +54,10 @@ def block(kind: str, /, *labels: str, body: Sequence[Item] = (), **attributes: V
 
 
 def document(items: Sequence[Item]) -> str:
-    """Return the text of a file: top-level items with an empty line between blocks."""
+    """Return the text of a file: top-level blocks with an empty line between them, comments right above theirs."""
     lines: list[str] = []
     for item in items:
-        if lines and isinstance(item, Block) and not lines[-1].startswith("#"):
+        if lines and not lines[-1].startswith("#"):
             lines.append("")
         lines += _lines((item,))
     return "\n".join(lines) + "\n"

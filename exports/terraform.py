@@ -7,6 +7,7 @@ variables. Pure, but for the modules' own text, which is a part of this package.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.resources import files
@@ -36,6 +37,8 @@ PROVIDERS: Mapping[str, tuple[str, str, str]] = {
 TOKENS: Mapping[str, tuple[str, str]] = {"hetzner": ("hcloud_token", "token"), "fly": ("fly_token", "api_token")}
 """Operator type -> the variable of its token, and the provider's argument for it."""
 RESOURCES: Mapping[str, str] = {"hetzner": "hcloud_server", "fly": "fly_machine"}
+IMPORT_IDS = {"hetzner": re.compile(r"[0-9]+"), "fly": re.compile(r"[a-z0-9-]+/[a-z0-9]+")}
+"""By what each provider's `import` finds a machine."""
 
 
 def export_terraform(fleet: Fleet, site: Site) -> Rendered:
@@ -148,6 +151,9 @@ def _variables(
                 block("validation", condition=check, error_message="Each must be a network such as 203.0.113.0/24."),
             ),
         )
+    if _needs_ids(used, by_operator, site):
+        text = "Machines to take over: name to what the provider imports by, a server's number or APP/MACHINE."
+        found["machine_ids"] = _variable("machine_ids", text, type="map(string)")
     if any(isinstance(o, FlyOperator) and o.image is None for o in used):
         found["fly_image"] = _variable(
             "fly_image", "Image with this version of slum inside, e.g. registry.fly.io/slum:1."
@@ -329,8 +335,28 @@ def _imports(used: Sequence[Operator], by_operator: Mapping[str, Sequence[Teneme
             for machine in tenement.machine_names:
                 if machine in site.machines:
                     to = Raw(f'module.{identifier(operator.name)}.{RESOURCES[kind]}.this["{machine}"]')
-                    found.append(block("import", to=to, id=site.machines[machine]))
+                    found.append(f"{machine} is {_comment(site.machines[machine])} to slum.")
+                    found.append(block("import", to=to, id=_import_id(kind, machine, site.machines[machine])))
     return found
+
+
+def _import_id(kind: str, machine: str, known: str) -> Value:
+    """Return what the provider imports by: a server's number, APP/MACHINE; a variable where slum knows a name only."""
+    return known if IMPORT_IDS[kind].fullmatch(known) else Raw(f'var.machine_ids["{machine}"]')
+
+
+def _comment(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text[:100])
+
+
+def _needs_ids(used: Sequence[Operator], by_operator: Mapping[str, Sequence[Tenement]], site: Site) -> bool:
+    return any(
+        not IMPORT_IDS[kind].fullmatch(site.machines.get(machine, "1/1" if kind == "fly" else "1"))
+        for operator in used
+        if (kind := operator_type(operator)) in IMPORT_IDS
+        for tenement in by_operator[operator.name]
+        for machine in tenement.machine_names
+    )
 
 
 def _outputs(used: Sequence[Operator]) -> list[Item]:

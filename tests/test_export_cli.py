@@ -180,3 +180,13 @@ def test_the_commands_of_the_manual_work_from_the_checkout(tmp_path: Path) -> No
         run(tool("docker-compose"), "-f", str(file), "config", "-q")
     said = run(slum, "import", "compose", "examples/import/compose.yaml", cwd=ROOT)
     assert "[tenement.here.service.web]" in said
+
+
+def test_machines_of_the_live_fleet_are_taken_over(desk: Desk) -> None:  # noqa: F811
+    desk.write(QUIET)
+    desk.slum("apply", "--yes", "--no-wait")
+    desk.slum("export", "terraform", "--out", "out", "--import")
+    text = (desk.folder / "out/imports.tf").read_text()
+    assert 'to = module.fly.fly_machine.this["here"]' in text
+    assert "# here is local:m1 to slum." in text
+    assert 'id = var.machine_ids["here"]' in text

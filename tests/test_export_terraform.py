@@ -137,13 +137,17 @@ def test_accounts_chunks_ports_and_hostile_texts_in_a_plan(terraform: Terraform,
 
 def test_machines_that_exist_are_taken_over(terraform: Terraform, tmp_path: Path) -> None:  # noqa: F811
     fleet = example()
-    folder = write(tmp_path, fleet, machines={"workers-1": "4711", "api-prod": "example-api-prod/148ed"})
+    folder = write(
+        tmp_path, fleet, machines={"workers-1": "4711", "workers-2": "a-name", "api-prod": "example-api-prod/148ed"}
+    )
     terraform(folder, "fmt", "-check", "-recursive", "-diff")
     terraform(folder, "get")
     terraform(folder, "validate")
     text = (folder / "imports.tf").read_text()
     assert 'to = module.hetzner-eu.hcloud_server.this["workers-1"]' in text
     assert 'id = "4711"' in text
+    assert 'id = "example-api-prod/148ed"' in text
+    assert 'id = var.machine_ids["workers-2"]' in text, "a name is nothing that the provider could import"
     assert '"workers-1"' not in (folder / "variables.tf").read_text(), "a machine that exists needs no token"
 
 
