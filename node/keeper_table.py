@@ -6,6 +6,7 @@ another boot are dropped. The environment of a child is in its record only when 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 
@@ -108,14 +109,22 @@ class Table:
         self._boot_id = boot_id
 
     def save(self, kind: str, name: str, record: dict[str, Any]) -> None:
-        """Replace the record of *name*; OSError when it cannot be written, and then the old one stands."""
+        """Replace the record of *name*; OSError when it cannot be written, and then the old one stands.
+
+        A run folder without room (a service may fill it) must not keep the router or the agent from being started
+        again: their records are then overwritten where they lie.
+        """
         path = self._path(kind, name)
         temporary = f"{self._folder}/.{kind}{file_name(name)}"
-        with open(temporary, "wb", buffering=0, opener=_private) as file:
-            data = json.dumps({**record, "boot_id": self._boot_id}, separators=(",", ":")).encode()
-            if file.write(data) != len(data):
-                raise OSError(28, "no room for the record", temporary)
-        os.rename(temporary, path)
+        data = json.dumps({**record, "boot_id": self._boot_id}, separators=(",", ":")).encode()
+        try:
+            with open(temporary, "wb", buffering=0, opener=_private) as file:
+                if file.write(data) != len(data):
+                    raise OSError(errno.ENOSPC, "no room for the record", temporary)
+            os.rename(temporary, path)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or not _overwrite(path, data):
+                raise
 
     def remove(self, kind: str, name: str) -> None:
         """Make *name* have no record."""
@@ -141,6 +150,22 @@ class Table:
 
     def _path(self, kind: str, name: str) -> str:
         return f"{self._folder}/{kind}{file_name(name)}"
+
+
+def _overwrite(path: str, data: bytes) -> bool:
+    """Put *data* in the place of what *path* holds, by one write into its own blocks; False when it does not fit there."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        there = os.fstat(fd)
+        if len(data) > there.st_blocks * 512:
+            return False
+        padded = data.ljust(there.st_size)  # JSON may end in blanks: nothing is left to cut off
+        return os.write(fd, padded) == len(padded)
+    finally:
+        os.close(fd)
 
 
 def _private(path: str, flags: int) -> int:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+from pathlib import Path
 
+import pytest
 from keeper_support import Rig, children_of, exited, holds, rig, shell
 
+from slum.node.keeper_table import CHILD, Table
 from slum.node.keeperclient import KeeperClient, call
 from slum.node.types import Spawn
 
@@ -67,3 +71,26 @@ async def test_nothing_of_the_keeper_is_held_by_a_child(rig: Rig) -> None:
 def held_by(pid: int) -> set[str]:
     folder = f"/proc/{pid}/fd"
     return {os.readlink(f"{folder}/{fd}") for fd in os.listdir(folder)}
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_a_record_is_replaced_where_it_lies_when_the_folder_is_full(tmp_path: Path) -> None:
+    """A service may fill the run folder; the router must start again all the same."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)], check=True)
+    try:
+        table = Table(str(tmp_path), "b")
+        table.save(CHILD, "router", {"pid": 1, "text": "x" * 100})
+        with (tmp_path / "filler").open("wb", buffering=0) as filler:
+            filler.write(bytes(1 << 20))  # as much as fits
+        table.save(CHILD, "router", {"pid": 22})
+        assert table.load(CHILD) == [{"pid": 22, "boot_id": "b"}]
+        table.save(CHILD, "router", {"pid": 333, "text": "y" * 2000})
+        assert table.load(CHILD)[0]["pid"] == 333
+        with pytest.raises(OSError, match=r"No space|no room"):
+            table.save(CHILD, "router", {"pid": 4, "text": "z" * 5000})
+        with pytest.raises(OSError, match=r"No space|no room"):
+            table.save(CHILD, "new", {"pid": 5})
+        assert [record["pid"] for record in table.load(CHILD)] == [333]
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
