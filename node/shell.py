@@ -30,8 +30,11 @@ from slum.wire import ExecRequest, RunRequest, StreamData, StreamEnd, StreamResi
 
 LINGER_S = 1.0
 """How long output may follow the command's end: its children may still hold it."""
-SETSID = ("/usr/bin/setsid", "--ctty", "--wait")
-"""Before the command, inside the wall: its own session with the terminal, so that ctrl-C reaches it and not the wall."""
+SETSID = ("/usr/bin/setsid", "--ctty", "--wait", "/bin/sh", "-c", 'trap : INT QUIT; "$@"; exit $?', "sh")
+"""Before the command, inside the wall: its own session with the terminal, so that ctrl-C reaches it and not the wall.
+
+The shell makes 128 + n of a signal that ends the command: setsid would complain, and end with n.
+"""
 
 
 class Shells:

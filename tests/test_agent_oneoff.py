@@ -155,6 +155,21 @@ async def test_a_terminal_has_a_size_job_control_and_ctrl_c(here: Site, level: L
     await until_gone(here)
 
 
+@BOTH
+async def test_a_signal_that_ends_a_command_at_a_terminal_is_its_status(here: Site, level: Level) -> None:
+    here.push(shell(level))
+    await here.healthy()
+    for kind in (RunRequest, ExecRequest):
+        stream = await here.member.stream(
+            kind(service="web", command=("sh", "-c", "echo up; exec sleep 1000"), tty=True)
+        )
+        await read_until(stream, b"up\r\n")
+        stream.send(StreamData(data=b"\x03", channel=0))
+        status, said, error = await result(stream, None)
+        assert (status, said[1].replace("^C", "").strip(), error) == (130, "", "")
+    await until_gone(here)
+
+
 async def read_until(stream: Connection, ending: bytes) -> bytes:
     said = b""
     async with asyncio.timeout(20):

@@ -5,7 +5,11 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import secrets
 import select
+import shutil
+import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -13,9 +17,14 @@ import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from cli_support import Desk, desk  # noqa: F401 - fixtures
+from wsproto import ConnectionType, WSConnection, events
+
+from slum import wire
+from slum.paths import checked_home
 
 WORDS = [sys.executable, "-m", "slum.cli.main"]
 
@@ -203,3 +212,45 @@ def test_ctrl_c_while_following_says_that_it_goes_on(desk: Desk) -> None:  # noq
         me.until(b"revision 1 stays committed and goes on")
         assert me.process.wait(20) == 130
     desk.fleet.stuck = False
+
+
+def test_a_far_side_that_closes_while_input_ends_has_the_last_word(tmp_path: Path) -> None:
+    home = checked_home(tmp_path, Path(f"/tmp/c{secrets.token_hex(5)}"))
+    home.private.mkdir(parents=True)
+    words = [sys.executable, "-c", ATTACH, str(home.data), str(home.run)]
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(home.api_socket))
+        listener.listen()
+        listener.settimeout(20)
+        with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as client:
+            assert client.stdin is not None
+            assert client.stdout is not None
+            link, _ = listener.accept()
+            with link:
+                server = WSConnection(ConnectionType.SERVER)
+                server.receive_data(link.recv(65536))
+                assert [type(event) for event in server.events()] == [events.Request]
+                ready = wire.encoder.encode(wire.StreamData(data=b"ready\n", channel=1))
+                link.sendall(server.send(events.AcceptConnection()) + server.send(events.BytesMessage(data=ready)))
+                assert client.stdout.readline() == b"ready\n"
+                # Both come while it cannot look, so it meets them together.
+                client.send_signal(signal.SIGSTOP)
+                os.waitid(os.P_PID, client.pid, os.WSTOPPED)
+                link.sendall(server.send(events.CloseConnection(code=1011)))
+                client.stdin.close()
+                client.send_signal(signal.SIGCONT)
+                assert client.stdout.read() == b"Unreachable\n"
+    shutil.rmtree(home.run)
+
+
+ATTACH = """
+import sys
+from pathlib import Path
+from slum.cli.terminal import attach
+from slum.errors import SlumError
+from slum.paths import Home
+try:
+    attach(Home(data=Path(sys.argv[1]), run=Path(sys.argv[2])), "run", [], terminal=False)
+except SlumError as error:
+    print(type(error).__name__)
+"""

@@ -126,7 +126,8 @@ class _Session:
                 data = b""
             self._frames.receive_data(data or None)
             self._take()
-            self._closed = self._closed or not data
+            if not data:
+                self._closed = self._deaf = True
         if ready & selectors.EVENT_WRITE and not self._deaf:
             try:
                 del self._out[: self._link.send(self._out)]
@@ -147,7 +148,8 @@ class _Session:
             elif isinstance(event, events.Ping):
                 self._send(event.response())
             elif isinstance(event, events.CloseConnection):
-                self._closed = True
+                self._closed = self._deaf = True
+                self._out.clear()
 
     def _obey(self, message: wire.OnStream) -> None:
         if isinstance(message, wire.StreamData):
