@@ -8,14 +8,25 @@ from typing import Any
 from slum import model
 from slum.errors import ConfigError
 from slum.operators.base import Operator
-from slum.operators.fly import Fly
-from slum.operators.hetzner import Hetzner
 from slum.operators.local import Local, Site
+
+
+def _hetzner(definition: model.HetznerOperator, _site: Site) -> Operator:
+    from slum.operators.hetzner import Hetzner  # imported when used: providers' libraries cost the server megabytes
+
+    return Hetzner(definition)
+
+
+def _fly(definition: model.FlyOperator, _site: Site) -> Operator:
+    from slum.operators.fly import Fly
+
+    return Fly(definition)
+
 
 MAKERS: dict[str, Callable[[Any, Site], Operator]] = {
     "local": lambda _, site: Local(site),
-    "hetzner": lambda definition, _: Hetzner(definition),
-    "fly": lambda definition, _: Fly(definition),
+    "hetzner": _hetzner,
+    "fly": _fly,
 }
 """By type, from the definition of that type and the site."""
 
