@@ -255,14 +255,29 @@ class Hetzner:
             for firewall in await project.all(
                 "list firewalls", lambda c, page: c.firewalls.get_list(page=page, per_page=PER_PAGE)
             ):
-                if not firewall.name.startswith(prefix) or {_server_of(r) for r in firewall.applied_to} - {gone}:
-                    continue
-                held = await self._dropped(project, firewall) or held
+                if firewall.name.startswith(prefix) and not await self._is_used(project, firewall, gone):
+                    held = await self._dropped(project, firewall) or held
             if held is None:
                 return
             if self._clock.now() >= end:
                 raise held
             await self._clock.sleep(AGAIN_S)
+
+    async def _is_used(self, project: Project, firewall: BoundFirewall, gone: int | None) -> bool:
+        """Tell whether a server has *firewall*; the list may still name some that are gone, so they are looked at."""
+        for resource in firewall.applied_to or ():
+            if resource.server is None:
+                return True
+            if resource.server.id == gone:
+                continue
+            try:
+                ask = partial(_server, number=resource.server.id or 0)
+                if (await project.call(f"look at a server of firewall {firewall.name}", ask)).status != "deleting":
+                    return True
+            except OperatorError as error:
+                if error.status != 404:
+                    raise
+        return False
 
     async def _dropped(self, project: Project, firewall: BoundFirewall) -> OperatorError | None:
         """Delete *firewall* and return None, or the refusal when a server still has it."""
@@ -347,7 +362,3 @@ def _check_ours(server: BoundServer, name: str) -> None:
 def _places(kind: BoundServerType) -> list[str]:
     """Return where *kind* can be ordered."""
     return [str(one.location.name) for one in kind.locations or () if one.deprecation is None]
-
-
-def _server_of(resource: Any) -> int | None:
-    return resource.server.id if resource.server is not None else -1

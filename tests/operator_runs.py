@@ -32,7 +32,7 @@ from slum.errors import SlumError
 from slum.ledger.commands import Done, Intent, Outcome
 from slum.ledger.reader import Reader
 from slum.operators import naming
-from slum.operators.account import SETTLE_S, Clock
+from slum.operators.account import CALL_S, SETTLE_S, Clock
 from slum.operators.base import Join, Machine, MachineSpec
 from slum.operators.fly import Fly
 from slum.operators.hetzner import Hetzner
@@ -156,7 +156,7 @@ class Plane:
                     deadline_at=row.deadline_at,
                 )
         # What is left is destroyed only when no call to make it can arrive any more, nor a list be older than the last one.
-        seen_at = 1_800_000_000.0 + began - SETTLE_S
+        seen_at = 1_800_000_000.0 + began - CALL_S - SETTLE_S
         unsettled = {name for name, r in rows.items() if self.arrives_until(name, r.incarnation) >= seen_at}
         return Situation(
             wanted=tuple(Wanted(machine=name, tenement=name, operator="eu") for name in sorted(self.wanted)),
