@@ -61,8 +61,14 @@ class Link:
         self._notes: deque[Note] = deque()
         self._dropped = 0
         self._wake = asyncio.Event()
+        self._outdated = False
 
     def poke(self) -> None:
+        self._wake.set()
+
+    def introduce(self) -> None:
+        """Dial again, so that the member hears a new Hello."""
+        self._outdated = True
         self._wake.set()
 
     def note(self, note: Note) -> None:
@@ -90,6 +96,7 @@ class Link:
 
     async def _converse(self, socket: WebSocket) -> float:
         """Speak and listen until either fails; return how long to wait before dialling again."""
+        self._outdated = False
         await _send(socket, self._agent.hello())
         async with asyncio.TaskGroup() as group:
             speaker = group.create_task(self._speak(socket), name="link out")
@@ -108,6 +115,8 @@ class Link:
         try:
             while True:
                 self._wake.clear()
+                if self._outdated:
+                    return "what this machine can do has changed"
                 await self._send_notes(socket)
                 while (report := self._agent.report(full=full)) is not None:
                     await _send(socket, report)

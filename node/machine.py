@@ -293,6 +293,7 @@ class Agent:
             await asyncio.sleep(HOUSEKEEPING_S)
             from slum.node import logs
 
+            await self._probe_again()
             try:
                 await logs.compress_rotated(self._home)
                 if self._steady:
@@ -300,6 +301,14 @@ class Agent:
                     await self._preparer.collect()
             except (SlumError, OSError) as error:
                 log.get().warning("housekeeping_failed", why=str(error))
+
+    async def _probe_again(self) -> None:
+        """Prove again what did not work: a full disk or a missing program may have been mended meanwhile."""
+        if all(isinstance(self._levels.get(level), Available) for level in self._runners):
+            return
+        before, self._levels = self._levels, await asyncio.to_thread(probe_levels, self._runners)
+        if [level for level in self._runners if type(before.get(level)) is not type(self._levels.get(level))]:
+            self._link.introduce()
 
 
 def make_folders(home: Home) -> None:
