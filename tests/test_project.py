@@ -190,9 +190,8 @@ def copy(tmp_path: Path) -> Path:
 def test_every_link_in_the_docs_leads_somewhere() -> None:
     broken = []
     for page in (ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))):
-        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
-            if "://" not in target and not (page.parent / target).exists():
-                broken.append(f"{page.relative_to(ROOT)} -> {target}")
+        targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
+        broken += [f"{page.name} -> {to}" for to in targets if "://" not in to and not (page.parent / to).exists()]
     assert not broken
 
 
