@@ -10,12 +10,17 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
-from ledger_cluster import Cluster, Writer, until
-from ledger_support import note, proposal
+from ledger_cluster import Cluster, Writer, free_port, until
+from ledger_support import Process, note, proposal
 
-from slum.errors import QuorumLost
-from slum.ledger.client import connect
+from slum.errors import ConfigError, QuorumLost
+from slum.ledger import identity
+from slum.ledger.client import change_members, connect
 from slum.ledger.commands import Done
+from slum.ledger.joiner import Join, prepare
+from slum.ledger.reader import Reader
+from slum.ledger.recover import recover
+from slum.ledger.refusal import Refusal
 
 pytestmark = pytest.mark.xdist_group("ledger_cluster")
 
@@ -43,6 +48,7 @@ async def more(writers: list[Writer], count: int) -> None:
 async def test_any_member_takes_writes_and_shows_its_own(seed: int) -> None:
     with Cluster() as cluster:
         cluster.start()
+        await cluster.agreed()
         leader = await cluster.leader()
         for node in cluster.nodes:
             async with connect(node.home.ledger_socket) as ledger:
@@ -92,7 +98,7 @@ async def test_trouble_under_load(seed: int, what: str) -> None:
 async def test_a_minority_refuses_at_once(seed: int) -> None:
     with Cluster() as cluster:
         cluster.start()
-        await cluster.leader()
+        await cluster.agreed()
         cluster.kill(*cluster.nodes[1:])
         async with connect(cluster.nodes[0].home.ledger_socket) as ledger:
             with pytest.raises(QuorumLost):
@@ -124,3 +130,99 @@ async def test_a_member_that_was_away_for_many_epochs_gets_a_copy(seed: int) -> 
         await cluster.agreed()
         cluster.terminate()
         cluster.check(writers)
+
+
+# --- members come and go ----------------------------------------------------------------------------------------------
+
+
+async def change(cluster: Cluster, **what: object) -> tuple[str, ...]:
+    """Ask whoever leads for a change, again when leadership has moved."""
+    while True:
+        leader = await cluster.leader()
+        try:
+            members = await change_members(leader.home.ledger_socket, deadline_s=60, **what)  # type: ignore[arg-type]
+        except QuorumLost as error:
+            if "does not lead" not in str(error):
+                raise
+        else:
+            return tuple(member.id for member in members)
+
+
+async def test_one_becomes_three_under_load_and_one_again(seed: int) -> None:
+    with Cluster(1) as cluster:
+        cluster.start()
+        first = await cluster.leader()
+        async with under_load(cluster, seed) as writers:
+            await more(writers, 100)
+            for n in (1, 2):
+                node = cluster.make_node(n)
+                row = cluster.make_identity(node)
+                async with connect(first.home.ledger_socket) as ledger:
+                    join = Join(cluster="c0ffee", members=await ledger.members())
+                prepare(node.home.state, join)
+                cluster.nodes.append(node)
+                cluster.start(node)
+                assert (await change(cluster, add=row))[-1] == node.name
+                await more(writers, 100)
+            # The leader itself leaves.
+            leader = await cluster.leader()
+            left = await change(cluster, remove=leader.name)
+            assert leader.name not in left
+            await until(lambda: "no_longer_a_member" in leader.log.read_text())
+            cluster.kill(leader)
+            cluster.nodes.remove(leader)
+            await more(writers, 100)
+        await cluster.agreed()
+        cluster.terminate()
+        cluster.check(writers)
+
+
+async def test_what_makes_no_sense_is_refused(seed: int) -> None:
+    with Cluster(1) as cluster:
+        cluster.start()
+        leader = await cluster.leader()
+        for what, why in (({}, "adds one member"), ({"remove": "m9"}, "no member"), ({"remove": "m1"}, "last member")):
+            with pytest.raises(ConfigError, match=why):
+                await change_members(leader.home.ledger_socket, deadline_s=10, **what)  # type: ignore[arg-type]
+        async with connect(leader.home.ledger_socket) as ledger:
+            assert [member.id for member in await ledger.members()] == ["m1"]
+
+
+async def test_a_ledger_of_one_gets_a_key_and_then_company(seed: int) -> None:
+    """What was begun as one member without any identity grows like any other."""
+    with Process() as process:
+        process.start()
+        await process.up()
+        async with connect(process.home.ledger_socket) as ledger:
+            await ledger.propose(proposal(note(why="before")), deadline_s=10)
+            assert (await ledger.members())[0].public_key == ""
+        process.terminate()
+        address = f"127.0.0.1:{free_port()}"
+        row = identity.make(process.home.state, id="m1", listen=address, address=address)
+        process.start()
+        await process.up()
+        with Cluster(0) as cluster:
+            node = cluster.make_node(1)
+            other = cluster.make_identity(node)
+            async with connect(process.home.ledger_socket) as ledger:
+                await ledger.propose(proposal(note(why="between")), deadline_s=10)
+                assert await ledger.members() == (row,)
+                reader = Reader(process.home.state)
+                prepare(node.home.state, Join(cluster=reader.cluster().cluster_id, members=(row,)))
+                reader.close()
+            cluster.nodes.append(node)
+            cluster.start(node)
+            members = await change_members(process.home.ledger_socket, add=other, deadline_s=60)
+            assert [member.id for member in members] == ["m1", "m2"]
+            async with connect(node.home.ledger_socket) as ledger:
+                result = await ledger.propose(proposal(note(why="after")), deadline_s=10)
+                assert isinstance(result, Done)
+            reader = Reader(node.home.state)
+            assert [event.why for event in reader.events(kind="instance_noted")] == ["before", "between", "after"]
+            reader.close()
+
+
+async def test_one_of_several_is_not_recovered_alone(seed: int) -> None:
+    with Cluster() as cluster:
+        with pytest.raises(Refusal, match="one of 3 members"):
+            recover(cluster.nodes[0].home.state, actor="root@test", now=1.0)

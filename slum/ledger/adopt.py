@@ -54,7 +54,8 @@ def who(home: Path, position: Position) -> Member:
     me = identity.load(home)
     if me is not None:
         found = next((row for row in position.members if row.id == me.id), None)
-        if found is not None and found.incarnation == me.incarnation:
+        if found is not None and (found.incarnation == me.incarnation or len(position.members) == 1):
+            # The only member got an identity after it began: it puts that into the list by itself.
             return found
         return Member(id=me.id, incarnation=me.incarnation, address=me.address)
     if len(position.members) != 1:

@@ -56,8 +56,8 @@ class CatchUp:
         self._outgoing = Outgoing(home, apart, clock)
         self._incoming = Incoming(home)
         self._source: str | None = None
-        self._asked_at = 0.0
         self._ask_at = 0.0
+        self._unanswered = False
         self._wants_copy = False
 
     @property
@@ -66,17 +66,21 @@ class CatchUp:
 
     def from_peer(self, peer: str) -> None:
         """*peer* has what we miss; begin to ask it, unless another one is being asked."""
-        now = self._clock()
-        if self._source is not None and now - self._asked_at < ASK_AGAIN_S:
-            return
-        self._source = peer
-        self._ask()
+        if self._source is None:
+            self._source = peer
+            self._ask()
 
     def tick(self) -> None:
         """Ask again for what is late or was not there yet."""
         self._outgoing.tick()
         now = self._clock()
-        if self._source is not None and 0.0 < self._ask_at <= now:
+        if self._source is None or now < self._ask_at:
+            return
+        if self._unanswered:
+            # Somebody else may have it; whoever is ahead says so several times a second.
+            self._source = None
+            self._incoming.reset()
+        else:
             self._ask()
 
     def begin_epoch(self) -> None:
@@ -123,8 +127,8 @@ class CatchUp:
 
     def _ask(self) -> None:
         assert self._source is not None
-        self._asked_at = self._clock()
-        self._ask_at = self._asked_at + ASK_AGAIN_S
+        self._ask_at = self._clock() + ASK_AGAIN_S
+        self._unanswered = True
         if self._wants_copy:
             self._post(self._source, WantCopy(name=self._incoming.name, offset=self._incoming.size))
         else:
@@ -138,22 +142,25 @@ class CatchUp:
             return
         if tail.prev_index > self._follower.commit:
             return
+        self._unanswered = False
         if tail.entries:
             self._follower.feed(peer, tail)
             # The next piece is asked for after the tick that applies this one.
-            self._ask_at = self._clock() + 1e-6
+            self._ask_at = self._clock()
         else:
             self._ask_at = self._clock() + POLL_S
 
     def _take_part(self, part: Part) -> None:
         if not part.name or (self._incoming.name and part.name != self._incoming.name):
             self._incoming.reset()
+            self._unanswered = False
             self._ask_at = self._clock() + POLL_S
             return
         path = self._incoming.take(part)
         if path is None:
             self._ask()
             return
+        source = self._source
         adopted = self._follower.adopt(path)
-        self._note("copy_was_taken" if adopted else "copy_was_refused", peer=self._source, bytes=part.size)
+        self._note("copy_was_taken" if adopted else "copy_was_refused", peer=source, bytes=part.size)
         self.begin_epoch()

@@ -42,6 +42,20 @@ async def connect(path: Path) -> AsyncIterator[Ledger]:
         client.close()
 
 
+async def change_members(
+    path: Path, *, add: Member | None = None, remove: str | None = None, deadline_s: float
+) -> tuple[Member, ...]:
+    """Add or remove one member at the leader that listens at *path*; return the members once they are in force.
+
+    Raises QuorumLost, naming the leader, when another member leads, ConfigError when the change makes no sense.
+    """
+    client = _Client(path)
+    try:
+        return await client.change(rpc.AskChange(add=add, remove=remove), deadline_s)
+    finally:
+        client.close()
+
+
 class _Client:
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -71,6 +85,9 @@ class _Client:
 
     async def members(self) -> tuple[Member, ...]:
         return _given((await self._call(rpc.AskMembers(), DIAL_S)).members)
+
+    async def change(self, operation: rpc.AskChange, deadline_s: float) -> tuple[Member, ...]:
+        return _given((await self._call(operation, deadline_s)).members)
 
     async def dial(self) -> _Line:
         """Return the live connection, made if there is none."""

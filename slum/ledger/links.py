@@ -1,4 +1,4 @@
-"""The real network of a member: one mTLS connection to each other member, dialled by the lower id, all in one thread.
+"""The real network of a member: one mTLS connection to each other member, dialled by the lower id (or by the learner), all in one thread.
 
 A connection counts once the certificate is the one on record for the member and its hello came; before that it may send
 4 KiB and has two seconds. A new connection replaces the old one, whose queue is dropped, so that what arrives from a peer
@@ -12,7 +12,7 @@ import select
 import socket
 import ssl
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from slum.ledger import identity
@@ -26,6 +26,8 @@ from slum.ledger.peerwire import FRAME_BYTES_MAX, Append, BadFrame, Hello, Messa
 BEGIN_S = 2.0
 IDLE_S = 1.2
 REDIAL_S = 0.15
+REFUSED_S = 1.0
+"""Who was told why not calls again after so long."""
 STRANGERS_MAX = 32
 """Connections that have not said a hello yet."""
 
@@ -52,8 +54,9 @@ class Links:
 
     # --- what a member calls -----------------------------------------------------------------------------------------
 
-    def set_members(self, members: Sequence[Member], hello: Callable[[], Hello]) -> None:
+    def set_members(self, members: Sequence[Member], hello: Callable[[], Hello], dial: Collection[str]) -> None:
         self._hello = hello
+        self._dial_at = {peer: self._dial_at.get(peer, 0.0) for peer in dial}
         wanted = {member.id: member for member in members if member.id != self._me.id}
         if wanted == self._members and self._contexts is not None:
             return
@@ -66,7 +69,6 @@ class Links:
             identity.context(self._home, wanted.values(), server=False),
             identity.context(self._home, wanted.values(), server=True),
         )
-        self._dial_at = {peer: 0.0 for peer in wanted if self._me.id < peer}
 
     def send(self, peer: str, message: Message) -> None:
         link = self._up.get(peer)
@@ -189,6 +191,8 @@ class Links:
         while (frame := link.splitter.take()) is not None:
             message = unpack(frame)
             if isinstance(message, Refused):
+                if link.peer in self._dial_at:
+                    self._dial_at[link.peer] = time.monotonic() + REFUSED_S
                 raise Broken(f"refused: {message.why}")
             if link.is_up:
                 assert link.peer is not None

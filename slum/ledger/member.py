@@ -22,11 +22,13 @@ from pathlib import Path
 import msgspec
 
 from slum.errors import InvariantError, QuorumLost, SlumError, invariant
-from slum.ledger import disk, folder, journal, replay
+from slum.ledger import disk, folder, identity, journal, replay
 from slum.ledger.adopt import adopt, is_our_future, who
 from slum.ledger.beginning import Note, current_or_new
 from slum.ledger.catchup import CatchUp
+from slum.ledger.changes import Change, Changes, Told
 from slum.ledger.commands import PROTOCOL, Entry, Header, LeaderInfo, LeaderStarted, Proposal, Seal
+from slum.ledger.commands import Member as MemberRow
 from slum.ledger.election import Election
 from slum.ledger.group import Group
 from slum.ledger.net import Alone
@@ -104,6 +106,9 @@ class Member:
         self.wake = world.net.wake
         self.proposer = Proposer()
         self._relays = Relays(self.proposer, post=self._net.send, clock=world.clock)
+        self._changes = Changes()
+        self._guests: dict[str, MemberRow] = {}
+        self._settling = self._leaves = False
         self._failure: BaseException | None = None
         self._next: tuple[EpochRow, journal.Journal] | None = None
         self._linger_until = 0.0
@@ -113,6 +118,8 @@ class Member:
         self._leads_next = False
         self._retained: tuple[Place, journal.Journal] | None = None
         self._me = who(home, state.position)
+        me = identity.load(home)
+        self._own_row = identity.row(home, me) if me is not None and me.address else None
         self._history: Mapping[Place, str] = state.history()
         self._journal, self._skip = replay.open_epoch(home, state, config.epoch_bytes, note)
         folder.remove_old_journals(home, state.epochs(2))
@@ -134,6 +141,11 @@ class Member:
     @property
     def commit(self) -> int:
         return self._group.commit
+
+    def change(self, change: Change, told: Told) -> None:
+        """Change the members; *told* hears the new list once it is in force, or why not. From any thread."""
+        self._changes.ask(change, told, self._world.clock())
+        self.wake.set()
 
     def leader(self) -> LeaderInfo:
         at = self.position
@@ -159,6 +171,7 @@ class Member:
         for event in self._guard.check(time.monotonic()):
             self._note(event, free_bytes=self._guard.free_bytes)
         self._relays.tell()
+        self._settle_change()
         self._offer()
         self._journal.sync()
         self._tick()
@@ -170,10 +183,10 @@ class Member:
             self._peers.handle(got)
 
     def _tick(self) -> None:
-        if self._wire is not None:
+        if self._wire is not None or self._guests:
             now = self._world.clock()
             asked = None
-            if self._is_member and self._next is None:
+            if self._wire is not None and self._is_member and self._next is None:
                 asked = self._election.tick(
                     now, leads=self._group.leads, term=self._group.term, last=self._journal.last
                 )
@@ -190,7 +203,7 @@ class Member:
 
     def _follow(self) -> None:
         """A learner asks for what is committed in the epoch that it is in."""
-        if not self._is_member and not self._catch_up.busy:
+        if not self._is_member and self._next is None and not self._catch_up.busy:
             here = [peer for peer in self._peers.up if self._peers.place_of(peer) == self.place]
             if here:
                 self._catch_up.from_peer(self._world.chance.choice(here))
@@ -198,7 +211,7 @@ class Member:
     def _patience(self, wait_s: float) -> float:
         if self._journal.dirty or (self._next is not None and self._wire is None):
             return 0.0
-        return min(wait_s, TICK_S) if self._wire is not None else wait_s
+        return min(wait_s, TICK_S) if self._wire is not None or self._guests else wait_s
 
     def close(self) -> None:
         self._group.close()
@@ -240,17 +253,42 @@ class Member:
             return
         if self._sealing_term == self._group.term or self.proposer.in_flight:
             return
-        if len(self._journal) >= self._config.epoch_entries or self._journal.size_bytes >= self._config.epoch_bytes:
+        seal = self._due_seal()
+        if seal is not None:
             self._sealing_term = self._group.term
-            self._propose_own(Seal(members=self.position.members))
+            self._propose_own(seal)
             return
         batch = self.proposer.take_batch(self._refuse_growth if self._guard.low else None)
         if batch:
             self._append(batch)
 
+    def _due_seal(self) -> Seal | None:
+        members = self.position.members
+        changed = self._changes.due(members, self._me.id, self._guest, self._here(), self._world.clock())
+        if changed is not None:
+            return Seal(members=changed, why="members")
+        if self._own_row is not None and len(members) == 1 and members[0] != self._own_row:
+            return Seal(members=(self._own_row,), why=f"{self._me.id} got a key")
+        if len(self._journal) >= self._config.epoch_entries or self._journal.size_bytes >= self._config.epoch_bytes:
+            return Seal(members=members)
+        return None
+
+    def _here(self) -> dict[str, int]:
+        """Return how many entries each that is connected and in this epoch is behind."""
+        here = [peer for peer in self._peers.up if self._peers.place_of(peer) == self._place]
+        return {peer: self.position.seq - (self._peers.seq_of(peer) or 0) for peer in here}
+
+    def _guest(self, row: MemberRow) -> None:
+        """Let one that is to become a member connect, as a learner."""
+        if row.id not in self._guests:
+            self._guests = {**self._guests, row.id: row}
+            self._connect()
+
     def _offer_elsewhere(self, leader: str | None) -> None:
         if leader is not None and leader in self._peers.up:
             self._relays.send(leader)
+            if self._changes.pending is not None and not self._settling:
+                self._changes.finish(QuorumLost(f"{self._me.id} does not lead, {leader} does", hint="ask that one"))
         elif self._wire is not None:
             names = {row.id for row in self.position.members}
             reached = len(names & {self._me.id, *self._peers.up})
@@ -323,6 +361,8 @@ class Member:
         if self._next is None:
             raise InvariantError("an epoch began without a Seal")
         epoch, fresh = self._next
+        was = {row.id: row for row in (*self._rows.values(), self._me)}
+        changes = was.keys() != {row.id for row in self.position.members}
         # What was proposed behind the Seal took no effect in that group and never will.
         self.proposer.put_back()
         self._group.close()
@@ -338,7 +378,22 @@ class Member:
         self._skip = replay.Skip(self.state, checked=True)
         folder.remove_old_journals(self._home, self.state.epochs(2))
         self._note("epoch_began", generation=epoch.generation, epoch=epoch.epoch, seq=epoch.seq0)
+        self._leaves = self._is_member and all(row.id != self._me.id for row in self.position.members)
+        self._me = who(self._home, self.position)
+        self._settling = changes
+        # Whoever leaves is let in until it has seen the new members at work: it may be the only one with the Seal.
+        self._guests = {name: row for name, row in was.items() if name != self._me.id}
+        for row in self.position.members:
+            self._guests.pop(row.id, None)
         self._begin_group()
+
+    def _settle_change(self) -> None:
+        """The new members have committed something, so nobody needs those that left."""
+        if self._settling and self.position.applied > 0 and self._next is None:
+            self._settling = False
+            self._changes.finish(self.position.members)
+            if self._leaves:
+                self._note("no_longer_a_member", member=self._me.id)
 
     def _begin_group(self) -> None:
         """Start the group of the epoch that state.db is in."""
@@ -379,10 +434,25 @@ class Member:
         if self._wire is not None:
             self._wire.attach(self._group)
         leads_next, self._leads_next = self._leads_next, False
+        gone = at.applied == 0 and at.leader.partition("/")[0] not in {row.id for row in at.members}
+        # When the old leader is no longer among us, the first of the list need not wait for a timeout.
+        leads_next = leads_next or (gone and at.members[0].id == self._me.id)
         self._election.must_stand = self._is_member and (leads_next or not peers)
         self._catch_up.begin_epoch()
-        self._net.set_members(tuple(self._rows.values()), self._hello)
-        self._peers.begin(place=self.place, known=self._rows, history=self._history, hello=self._hello, wire=self._wire)
+        self._connect()
+        self._peers.begin(
+            place=self.place, known=self._known(), history=self._history, hello=self._hello, wire=self._wire
+        )
+
+    def _known(self) -> dict[str, MemberRow]:
+        return {**self._rows, **self._guests}
+
+    def _connect(self) -> None:
+        """Connect to the members; a guest calls by itself, and a learner calls everyone."""
+        known = self._known()
+        dial = {name for name in self._rows if self._me.id < name or not self._is_member}
+        self._net.set_members(tuple(known.values()), self._hello, dial)
+        self._peers.know(known)
 
     def _hello(self) -> Hello:
         at, (last_term, last_index) = self.position, self._journal.last
@@ -448,6 +518,8 @@ class Member:
             self._retained = None
         self.state.close()
         self.state = adopt(self._home, path, self._config)
+        self._guests, self._settling = {}, False
+        self._me = who(self._home, self.position)
         self._history = self.state.history()
         self._journal, self._skip = replay.open_epoch(self._home, self.state, self._config.epoch_bytes, self._note)
         folder.remove_old_journals(self._home, self.state.epochs(2))

@@ -7,7 +7,7 @@ made by the ledger's thread; only the Wake is set by others.
 from __future__ import annotations
 
 import select
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,8 +42,8 @@ Event = Up | Down | Got
 class Net(Protocol):
     wake: Wake
 
-    def set_members(self, members: Sequence[Member], hello: Callable[[], Hello]) -> None:
-        """Keep connections to these, drop all others; *hello* is what we say when one begins."""
+    def set_members(self, members: Sequence[Member], hello: Callable[[], Hello], dial: Collection[str]) -> None:
+        """Keep connections to these, drop all others; *hello* is what we say when one begins, *dial* whom we call."""
         ...
 
     def send(self, peer: str, message: Message) -> None:
@@ -69,7 +69,7 @@ class Alone:
         self._poll = select.poll()
         self._poll.register(self.wake.descriptor, select.POLLIN)
 
-    def set_members(self, members: Sequence[Member], hello: Callable[[], Hello]) -> None:
+    def set_members(self, members: Sequence[Member], hello: Callable[[], Hello], dial: Collection[str]) -> None:
         """There is nobody to connect to."""
 
     def send(self, peer: str, message: Message) -> None:

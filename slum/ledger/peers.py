@@ -103,6 +103,10 @@ class Peers:
             for message in stash:
                 self._of_epoch(name, peer, message)
 
+    def know(self, known: Mapping[str, Member]) -> None:
+        """From now on these are let in: the members, and learners."""
+        self._known = dict(known)
+
     @property
     def up(self) -> tuple[str, ...]:
         return tuple(self._peers)

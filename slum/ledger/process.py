@@ -22,9 +22,9 @@ from typing import Any
 
 from slum import log
 from slum.errors import SlumError
-from slum.ledger import identity
+from slum.ledger import identity, joiner
 from slum.ledger.links import Links
-from slum.ledger.member import Config, Member, opened, real_world
+from slum.ledger.member import Config, Member, World, opened, real_world
 from slum.ledger.service import Connection, Service
 from slum.paths import Home, checked_home
 
@@ -39,6 +39,7 @@ WARNINGS = frozenset(
         "clocks_differ",
     }
 )
+JOIN_WAIT_S = 0.1
 DISK_HINT = "look at its disk, then start again; nothing acknowledged is lost"
 
 
@@ -50,6 +51,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         me = identity.load(home.state)
         world = real_world(Links(home.state, me, _note)) if me is not None else None
+        if me is not None and world is not None:
+            _join(home.state, me, config, world)
         with opened(home.state, config, run=secrets.token_hex(8), note=_note, world=world) as member:
             asyncio.run(_serve(member, home))
     except (SlumError, OSError, sqlite3.Error) as error:
@@ -58,6 +61,21 @@ def main(arguments: Sequence[str]) -> int:
         return 1
     logger.info("ledger_stopped")
     return 0
+
+
+def _join(home: Path, me: identity.Me, config: Config, world: World) -> None:
+    """Get the ledger from the members, when this folder was told to join them and has none."""
+    wanted = joiner.pending(home)
+    if wanted is None:
+        return
+    joining = joiner.Joiner(home, me, wanted, config, world.net, world.clock)
+    _note("joining", cluster=wanted.cluster, members=[member.id for member in wanted.members])
+    try:
+        while not joining.step(JOIN_WAIT_S):
+            pass
+    finally:
+        joining.close()
+    _note("joined", cluster=wanted.cluster)
 
 
 async def _serve(member: Member, home: Home) -> None:

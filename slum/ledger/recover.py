@@ -35,6 +35,12 @@ def recover(home: Path, *, actor: str, now: float, epoch_bytes: int = Config().e
         state = State.open(path)
         try:
             state.check_events()
+            if len(state.position.members) > 1:
+                # What was acknowledged may be in the journals of a majority and not yet in this state.db.
+                raise Refusal(
+                    f"this is one of {len(state.position.members)} members: state.db alone does not hold all that was answered",
+                    hint="remove this member at the leader, then let it join as a new one; while a majority runs nothing is lost",
+                )
             generation = max(state.position.generation + 1, int(now * 1000))
 
             def make_journal(epoch: EpochRow) -> None:

@@ -43,7 +43,14 @@ class AskMembers(Sparse, tag="members", tag_field="op"):
     pass
 
 
-Operation = Propose | TakeBarrier | WaitFor | AskLeader | AskMembers
+class AskChange(Sparse, tag="change", tag_field="op"):
+    """Add or remove one member; answered with the new members once they are in force."""
+
+    add: Member | None = None
+    remove: str | None = None
+
+
+Operation = Propose | TakeBarrier | WaitFor | AskLeader | AskMembers | AskChange
 
 
 class Call(Sparse):

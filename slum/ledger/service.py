@@ -18,6 +18,7 @@ from functools import partial
 
 from slum.errors import QuorumLost, SlumError
 from slum.ledger import rpc
+from slum.ledger.changes import Change
 from slum.ledger.commands import Barrier, LeaderInfo, Proposal, Result, new_request_id
 from slum.ledger.commands import Member as MemberRow
 from slum.ledger.member import Member
@@ -83,6 +84,15 @@ class Service:
         token = object()
         self._waiters[token] = (seq, take)
         self._loop.call_later(max(0.0, min(deadline_s, WAIT_S_MAX)), self._expire, token)
+
+    def change(self, change: Change, take: Callable[[tuple[MemberRow, ...] | SlumError], None]) -> None:
+        """Change the members; *take* hears the outcome on the event loop. Raises Conflict while another change runs."""
+        self._member.change(change, lambda outcome: self._hand_over(take, outcome))
+
+    def _hand_over(
+        self, take: Callable[[tuple[MemberRow, ...] | SlumError], None], outcome: tuple[MemberRow, ...] | SlumError
+    ) -> None:
+        self._loop.call_soon_threadsafe(take, outcome)
 
     def add(self, connection: Connection) -> None:
         self._connections.add(connection)
@@ -182,6 +192,8 @@ class Connection(asyncio.Protocol):
                 service.wait(seq, deadline_s, lambda now: self._reply(rpc.Reply(id=number, seq=now)))
             case rpc.AskLeader():
                 self._reply(rpc.Reply(id=number, leader=service.info))
+            case rpc.AskChange(add=add, remove=remove):
+                self._change(Change(add=add, remove=remove), partial(self._answer_change, number))
             case rpc.AskMembers():
                 self._reply(rpc.Reply(id=number, members=service.members))
 
@@ -190,6 +202,18 @@ class Connection(asyncio.Protocol):
             self._service.propose(proposal, take)
         except SlumError as error:
             take(error)
+
+    def _change(self, change: Change, take: Callable[[tuple[MemberRow, ...] | SlumError], None]) -> None:
+        try:
+            self._service.change(change, take)
+        except SlumError as error:
+            take(error)
+
+    def _answer_change(self, number: int, outcome: tuple[MemberRow, ...] | SlumError) -> None:
+        if isinstance(outcome, SlumError):
+            self._reply(rpc.Reply(id=number, failure=rpc.to_failure(outcome)))
+        else:
+            self._reply(rpc.Reply(id=number, members=outcome))
 
     def _answer(self, number: int, answer: Answer) -> None:
         if isinstance(answer, SlumError):

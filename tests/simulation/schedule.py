@@ -17,8 +17,10 @@ from simulation.switch import Clock, SimNet, Switch
 from slum.errors import SlumError
 from slum.ledger import frames, group, identity
 from slum.ledger.beginning import Beginning, begin
+from slum.ledger.changes import Change
 from slum.ledger.commands import Barrier, NoteEvent, Proposal, Record, Rejected, Result
 from slum.ledger.commands import Member as MemberRow
+from slum.ledger.joiner import Join, Joiner, pending, prepare
 from slum.ledger.member import Config, Member, World, opened
 
 TICK_S = 0.02
@@ -45,6 +47,9 @@ class Node:
     stack: ExitStack | None = None
     member: Member | None = None
     net: SimNet | None = None
+    joiner: Joiner | None = None
+    gone: bool = False
+    """Learned that it is no member any more, and was switched off."""
     next_at: float = 0.0
     up_at: float = 0.0
     paused_until: float = 0.0
@@ -66,20 +71,33 @@ class Schedule:
         self.config = Config(epoch_entries=self.chance.choice([8, 12, 30, 200]), epoch_bytes=1 << 18, ballast_bytes=0)
         self.trace = trace
         self.troubles = troubles
-        self.names = [f"m{n + 1}" for n in range(members)]
-        self.rows = tuple(MemberRow(id=name, incarnation=f"i-{name}") for name in self.names)
-        self.nodes = {name: Node(name, folder / name) for name in self.names}
-        beginning = Beginning(cluster="c0ffee", lineage="l", generation=7, members=self.rows, at=1.0)
+        self.folder = folder
+        self.nodes: dict[str, Node] = {}
+        self.changing = self.chance.random() < 0.4
+        rows = tuple(
+            self.make_node()[1] for _ in range(self.chance.choice([1, 2, members]) if self.changing else members)
+        )
+        beginning = Beginning(cluster="c0ffee", lineage="l", generation=7, members=rows, at=1.0)
         for node in self.nodes.values():
             begin(node.home, beginning, self.config.epoch_bytes)
-            me = identity.Me(id=node.name, incarnation=f"i-{node.name}", listen="", address="")
-            (node.home / identity.ME).write_bytes(msgspec.json.encode(me))
         self.ops: list[Op] = []
         self.open: list[Op] = []
         self.leaders: dict[tuple[Any, ...], str] = {}
         self.counter = 0
         self.calm = False
         self.effective: list[tuple[float, str]] = []
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, node in self.nodes.items() if not node.gone]
+
+    def make_node(self) -> tuple[Node, MemberRow]:
+        name = f"m{len(self.nodes) + 1}"
+        node = self.nodes[name] = Node(name, self.folder / name)
+        node.home.mkdir(mode=0o700)
+        me = identity.Me(id=name, incarnation=f"i-{name}", listen="", address="")
+        (node.home / identity.ME).write_bytes(msgspec.json.encode(me))
+        return node, MemberRow(id=name, incarnation=me.incarnation, public_key="k", address="a")
 
     # --- running -----------------------------------------------------------------------------------------------------
 
@@ -98,7 +116,7 @@ class Schedule:
             for node in self.nodes.values():
                 self.stop(node)
         at = [max(len(op.proposal.request_id) and op.seq for op in self.ops)]
-        return f"{len(self.ops)} ops, seq {at[0]}, {len(self.leaders)} leaderships"
+        return f"{len(self.ops)} ops, seq {at[0]}, {len(self.leaders)} leaderships, {len(self.nodes)} members ever"
 
     def go_on(self, seconds: float) -> None:
         end = self.clock.at + seconds
@@ -110,7 +128,11 @@ class Schedule:
         self.switch.keep()
         times = [end]
         for node in self.nodes.values():
-            if node.member is None:
+            if node.gone:
+                continue
+            if node.joiner is not None:
+                times.append(min(node.next_at, self.switch.next_at(node.name)))
+            elif node.member is None:
                 times.append(node.up_at)
             elif node.paused_until > self.clock.at:
                 times.append(node.paused_until)
@@ -122,6 +144,9 @@ class Schedule:
         self.chance.shuffle(names)
         for name in names:
             node = self.nodes[name]
+            if node.joiner is not None:
+                self.join(node)
+                continue
             if node.member is None:
                 if self.clock.at >= node.up_at:
                     self.start(node)
@@ -151,8 +176,25 @@ class Schedule:
         for take, answer in member.proposer.release():
             take(answer)
 
+    def join(self, node: Node) -> None:
+        assert node.joiner is not None
+        node.next_at = self.clock.at + TICK_S
+        try:
+            done = node.joiner.step(0.0)
+        except Crash:
+            done = True
+        if done:
+            self.stop(node)
+            node.up_at = self.clock.at
+
     def start(self, node: Node) -> None:
+        wanted = pending(node.home)
         node.net = SimNet(self.switch, node.name)
+        if wanted is not None:
+            me = identity.load(node.home)
+            assert me is not None
+            node.joiner = Joiner(node.home, me, wanted, self.config, node.net, self.clock.now)  # type: ignore[arg-type]  # its wake needs no descriptor
+            return
         node.runs += 1
         node.next_at = self.clock.at
         world = World(
@@ -190,6 +232,11 @@ class Schedule:
     def stop(self, node: Node) -> None:
         if node.stack is not None:
             node.stack.close()
+        if node.joiner is not None:
+            node.joiner.close()
+            assert node.net is not None
+            node.net.close()
+            node.joiner = None
         for other in self.names:
             if other != node.name:
                 self.switch.break_(node.name, other)
@@ -198,13 +245,32 @@ class Schedule:
     def say(self, node: Node, event: str, fields: dict[str, Any]) -> None:
         if self.trace:
             print(f"{self.clock.at:10.4f} {node.name} {event} {fields}")
-        if event == "peer_was_refused":
+        if event == "no_longer_a_member":
+            node.gone = True
+        if event == "peer_was_refused" and "is no member" not in fields["why"]:
             raise Failed(f"{node.name}: {fields}")
 
     # --- trouble -----------------------------------------------------------------------------------------------------
 
     def alive(self) -> list[Node]:
-        return [node for node in self.nodes.values() if node.member is not None]
+        return [node for node in self.nodes.values() if node.member is not None and not node.gone]
+
+    def change(self, leader: Member) -> None:
+        """Somebody joins or leaves; nobody asks a second time when it fails."""
+        members = leader.position.members
+        if len(members) >= 5 or (len(members) > 1 and self.chance.random() < 0.5):
+            change = Change(remove=self.chance.choice(members).id)
+        else:
+            node, row = self.make_node()
+            prepare(node.home, Join(cluster="c0ffee", members=members))
+            node.up_at = self.clock.at
+            change = Change(add=row)
+        if self.trace:
+            print(f"{self.clock.at:10.4f} -- {change}")
+        try:
+            leader.change(change, lambda outcome: self.trace and print(f"{self.clock.at:10.4f} -- {outcome}"))
+        except SlumError:
+            return
 
     def trouble(self) -> None:
         kind = self.chance.choice(
@@ -215,6 +281,13 @@ class Schedule:
         leaders = [node for node in alive if node.member is not None and node.member._group.leads]
         if self.trace:
             print(f"{self.clock.at:10.4f} -- {kind}")
+        if self.changing and leaders and self.chance.random() < 0.4:
+            leading = self.chance.choice(leaders).member
+            assert leading is not None
+            self.change(leading)
+            return
+        if len(self.names) < 2:
+            return
         a, b = self.chance.sample(self.names, 2)
         match kind:
             case "crash" if alive:
@@ -314,10 +387,10 @@ class Schedule:
         end = self.clock.at + CALM_S
         while True:
             self.turn(self.clock.at + TICK_S)
-            members = [node.member for node in self.alive()]
+            members = self.final()
             positions = {(m.position.seq, m.position.chain, m.place) for m in members if m is not None}
             ready = any(m is not None and m._is_ready() and not m.proposer.in_flight for m in members)
-            if len(members) == len(self.names) and not self.open and ready and len(positions) == 1:
+            if members and not self.open and ready and len(positions) == 1:
                 return
             if self.clock.at > end:
                 state = [
@@ -327,11 +400,18 @@ class Schedule:
                 ]
                 raise Failed(f"not settled {CALM_S} s after all was healed: {len(self.open)} open, {state}")
 
+    def final(self) -> list[Member]:
+        """Return the members that the newest list names, if all of them run."""
+        alive = {node.name: node.member for node in self.alive() if node.member is not None}
+        newest = max(alive.values(), key=lambda member: member.place, default=None)
+        if newest is None or not all(row.id in alive for row in newest.position.members):
+            return []
+        return [alive[row.id] for row in newest.position.members]
+
     def check(self) -> None:
         hashes, texts = set(), set()
-        for node in self.nodes.values():
-            assert node.member is not None
-            state = node.member.state
+        for member in self.final():
+            state = member.state
             hashes.add(state.row_hash())
             state.check_events()
             rows = state._db.execute("SELECT why FROM events WHERE kind = 'noted' ORDER BY number").fetchall()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from slum.ledger.commands import Member
@@ -148,7 +148,7 @@ class SimNet:
         assert self._hello is not None
         return self._hello()
 
-    def set_members(self, members: Sequence[Member], hello: Callable[[], Hello]) -> None:
+    def set_members(self, members: Sequence[Member], hello: Callable[[], Hello], dial: Collection[str]) -> None:
         self.members = {member.id: member for member in members}
         self._hello = hello
         for name in list(self.switch.nets):
