@@ -185,15 +185,26 @@ def _zeros(view: memoryview, start: int, end: int) -> bool:
 
 def _require_last(view: memoryview, at: int, number: int, salt: bytes, name: str) -> None:
     """Raise Damaged when a whole header of a later frame follows *at*: then the bad one in between had been synced."""
-    data = view.obj if hasattr(view.obj, "find") else bytes(view)
-    found = data.find(_FRAME_MAGIC, at + 1)
-    while found >= 0:
+    for found in _finds(view, _FRAME_MAGIC, at + 1):
         header = bytes(view[found : found + _FRAME.size])
         if len(header) == _FRAME.size:
             _, later, _, _, crc, _ = _FRAME.unpack(header)
             if crc == zlib.crc32(salt + header[:_FRAME_CRC_AT]):
                 raise Damaged(f"{name}: frame {number} at offset {at} is gone, but frame {later} follows", offset=at)
-        found = data.find(_FRAME_MAGIC, found + 1)
+
+
+def _finds(view: memoryview, what: bytes, start: int) -> Iterator[int]:
+    """Yield each offset of *what* from *start* on, searching in copies of windows that overlap.
+
+    Not with mmap.find: CPython up to 3.11.2 reads one byte beyond the end there, which kills the process when the file
+    ends with its last page (bytes end with a NUL that is never searched).
+    """
+    for low in range(start, len(view), _LOOK_BYTES):
+        window = bytes(view[low : low + _LOOK_BYTES + len(what) - 1])
+        at = window.find(what)
+        while at >= 0:
+            yield low + at
+            at = window.find(what, at + 1)
 
 
 def _records(view: memoryview, at: int, end: int, name: str) -> Iterator[Record]:
