@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -208,23 +213,35 @@ def test_logs_are_read_filtered_and_followed(site: Site) -> None:
     assert numbers == list(range(numbers[0], numbers[0] + 5))
 
 
-def test_two_concurrent_applies_one_wins_the_other_learns_what_changed(site: Site) -> None:
+def test_of_two_concurrent_applies_one_wins_and_the_other_learns_what_changed(site: Site) -> None:
     site.apply(echo())
-    folders = []
-    for version in ("v2", "v3"):
-        folder = site.folder / version
-        folder.mkdir()
-        folders.append(folder)
-        site.fleet(echo(version=version)).rename(folder / "slum.toml")
-    racing = [site.popen("apply", str(folder / "slum.toml"), "--yes") for folder in folders]
-    outputs = [process.communicate(timeout=60)[0] for process in racing]
-    codes = sorted(process.returncode for process in racing)
-    if codes == [0, 0]:  # one was so fast that the other planned on its result: force the race by hand
-        pytest.fail("the applies did not overlap: " + "\n".join(outputs))
-    assert codes == [0, 4], outputs
-    loser = next(out for process, out in zip(racing, outputs, strict=True) if process.returncode == 4)
-    assert "conflict" in loser
-    assert "VERSION" in loser
+    site.fleet(echo(version="v2"))
+    ours, theirs = pty.openpty()
+    slow = subprocess.Popen(
+        [sys.executable, "-m", "slum.cli.main", "apply"],
+        env=site.env,
+        cwd=site.folder,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    said = b""
+    while b"[y/N]" not in said:  # planned on revision 1, and waiting for consent
+        said += os.read(ours, 4096)
+    other = site.folder / "other"
+    other.mkdir()
+    site.fleet(echo(version="v3")).rename(other / "slum.toml")
+    site.slum("apply", str(other / "slum.toml"), "--yes")
+    os.write(ours, b"y\n")
+    with contextlib.suppress(OSError):  # the terminal's end, once nobody holds its other side
+        while more := os.read(ours, 4096):
+            said += more
+    os.close(ours)
+    assert slow.wait(30) == 4, said
+    assert b"conflict" in said
+    assert b"VERSION" in said
+    assert site.get("web")[1].startswith("v3")
 
 
 def test_json_shapes(site: Site) -> None:
