@@ -117,14 +117,15 @@ class _Token(NamedTuple):
     start: int
 
 
-# Possessive quantifiers and one alternative a character: linear, whatever the text. An unterminated string ends the
+# One alternative a character, so nothing is tried twice: linear, whatever the text. An unterminated string ends the
 # lexing (kind "open"), since going on behind it would be quadratic; tomllib refuses the text at that very place.
+# Groups are not repeated possessively: Python 3.11.2 ends such a repetition too early.
 _TOKENS = re.compile(
     r"""
       (?P<skip>[ \t\r]++|\#[^\n]*+)
     | (?P<newline>\n)
-    | (?P<string>\"{3}(?:[^"\\]|\\[\s\S]|"{1,2}(?!"))*+"{3,5} | '{3}(?:[^']|'{1,2}(?!'))*+'{3,5}
-                |(?!\"{3})"(?:[^"\\\n]|\\[^\n])*+" | (?!'{3})'[^'\n]*+')
+    | (?P<string>\"{3}(?:[^"\\]|\\[\s\S]|"{1,2}(?!"))*"{3,5} | '{3}(?:[^']|'{1,2}(?!'))*'{3,5}
+                |(?!\"{3})"(?:[^"\\\n]|\\[^\n])*" | (?!'{3})'[^'\n]*+')
     | (?P<open>["'])
     | (?P<mark>[\[\]{}=.,])
     | (?P<bare>[^\s\[\]{}=.,"'\#]++)
