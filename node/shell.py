@@ -146,8 +146,12 @@ class Shells:
                 for task in outward:
                     task.cancel()
             return ended.result()
-        except* SlumError as errors:
-            raise _first(errors) from None
+        except BaseExceptionGroup as errors:
+            # Not except*: what is raised in one is wrapped in a group again by Python before 3.11.4.
+            ours, others = errors.split(SlumError)
+            if ours is None or others is not None:
+                raise
+            raise _first(ours) from None
         finally:
             stdio.close()
 
