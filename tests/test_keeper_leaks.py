@@ -64,7 +64,7 @@ async def test_nothing_of_the_keeper_is_held_by_a_child(rig: Rig) -> None:
     client = await rig.started()
     await client.listen("l", path=rig.folder / "l.sock")
     child = await client.spawn(shell(rig, "c", "exec sleep 1000"))
-    assert held_by(child.pid) == {"/dev/null", str(rig.home.fifos / "c")}
+    await holds(lambda: held_by(child.pid) == {"/dev/null", str(rig.home.fifos / "c")})
     await holds(lambda: call(rig.home, "stats")["children"] == 1)
 
 
