@@ -1,9 +1,8 @@
 # slum: `make quickstart` to see it run, `make check test` before a commit. Every target can be repeated.
 VENV ?= .venv
 PY := $(VENV)/bin/python
-BENCH_SECONDS ?= 60
 
-.PHONY: help quickstart venv dev check test bench clean
+.PHONY: help quickstart venv dev check test simulate bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -31,8 +30,11 @@ check: $(VENV)/.dev  ## format, lint, types
 test: $(VENV)/.dev  ## all tests, against real parts
 	$(VENV)/bin/pytest -n auto --dist loadgroup $(PYTEST_ARGS)
 
+simulate: $(VENV)/.dev  ## the ledger under a simulated network, disk and clock: N=schedules SEED=first
+	$(PY) -m tests.simulation --count $(or $(N),1000) --seed $(or $(SEED),1)
+
 bench: $(VENV)/.dev  ## all benchmarks, one after the other; figures to docs/benchmarks.md by hand
-	@for b in benchmarks/*.py; do echo "== $$b"; $(PY) $$b || exit 1; done
+	@for b in $(filter-out benchmarks/measure.py,$(wildcard benchmarks/*.py)); do echo "== $$b"; $(PY) $$b || exit 1; done
 
 clean:  ## remove what make made here; runs nothing down (`slum down --services` does)
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
