@@ -73,8 +73,10 @@ async def run(
     return await result(await here.member.stream(RunRequest(service=name, command=command)), given)
 
 
-async def enter(here: Site, *command: str, name: str = "web") -> tuple[int | None, dict[int, str], str]:
-    return await result(await here.member.stream(ExecRequest(service=name, command=command)))
+async def enter(
+    here: Site, *command: str, name: str = "web", given: bytes | None = b""
+) -> tuple[int | None, dict[int, str], str]:
+    return await result(await here.member.stream(ExecRequest(service=name, command=command)), given)
 
 
 def shell(level: Level, **changes: object) -> Service:
@@ -222,12 +224,12 @@ async def test_what_cannot_be_run_says_why(here: Site) -> None:
         worker("gone", script="exit 0", restart="never"),
     )
     await here.healthy("web", "walled")
-    assert "no program 'frobnicate'" in (await run(here, "frobnicate"))[2]
-    status, said, _ = await enter(here, "frobnicate", name="walled")
+    assert "no program 'frobnicate'" in (await run(here, "frobnicate", given=None))[2]
+    status, said, _ = await enter(here, "frobnicate", name="walled", given=None)
     assert (status, said[2]) == (127, "frobnicate: No such file or directory\n")
     await here.member.until(lambda: here.phase("gone") is Phase.EXITED)
-    assert "does not run" in (await enter(here, "true", name="gone"))[2]
-    assert "is declared on this machine" in (await run(here, "true", name="nobody"))[2]
+    assert "does not run" in (await enter(here, "true", name="gone", given=None))[2]
+    assert "is declared on this machine" in (await run(here, "true", name="nobody", given=None))[2]
 
 
 @BOTH

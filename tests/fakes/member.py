@@ -55,7 +55,10 @@ class Connection:
             try:
                 data = await self._reader.read(65536)
             except ConnectionError:
-                data = b""
+                # Reset by a peer that left words of ours unread: what it said before is still in the buffer, which
+                # a StreamReader with an exception does not give out.
+                data = bytes(self._reader._buffer)
+                self._reader._buffer.clear()
             if not data:
                 self.received.put_nowait(None)
                 return
