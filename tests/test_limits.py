@@ -22,6 +22,8 @@ from slum.node.limits.groups import Limits, Place, field, read, settings
 from slum.node.types import Cgroup
 from slum.paths import Home
 
+pytestmark = pytest.mark.xdist_group("limits")  # they switch controllers of the one hierarchy on and off
+
 UID = some_uid()
 
 HYBRID_MOUNTS = """\
