@@ -20,6 +20,10 @@ from slum.node.types import OpenFile, Respawn, Signalling, Spawn
 
 __all__ = ["rig"]
 
+LIBC_SIGNALS = 0x1_8000_0000
+"""Signals 32 and 33: libc keeps them for itself and lets no program reset them, so a caller who ignores them hands that on.
+Harmless: libc puts its own handlers in place before it uses them."""
+
 SHOW = """
 import json, os, resource
 fds = [fd for fd in range(1024) if os.path.exists(f"/proc/self/fd/{fd}")]
@@ -75,7 +79,7 @@ async def test_a_child_ignores_no_signal_and_keeps_the_limits_of_the_keepers_cal
     await client.spawn(shell(rig, "grep", "grep SigIgn /proc/self/status; ulimit -n", no_new_privs=False))
     await exited(client, "grep")
     ignored, nofile = rig.logged("grep")
-    assert int(ignored.split()[1], 16) == 0
+    assert int(ignored.split()[1], 16) & ~LIBC_SIGNALS == 0
     assert int(nofile) == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
