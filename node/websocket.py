@@ -42,7 +42,9 @@ class WebSocket:
         self._messages: deque[bytes] = deque()
         self._parts: list[bytes] = []
         self._size = 0
+        self._accepted = False
         self._open = False
+        """Whether there is somebody to say goodbye to."""
         self._ended = ""
         self._refusal = bytearray()
         self.heard_at = asyncio.get_running_loop().time()
@@ -75,13 +77,7 @@ class WebSocket:
     async def receive(self) -> bytes:
         """Return the next message."""
         while not self._messages:
-            if self._ended:
-                raise Unreachable(self._ended)
-            try:
-                await self._read()
-            except Unreachable as error:
-                # What came before the end, often in the same packet, is read first.
-                self._ended = str(error)
+            await self._hear()
         return self._messages.popleft()
 
     async def close(self) -> None:
@@ -100,8 +96,17 @@ class WebSocket:
 
     async def _upgrade(self, target: str) -> None:
         self._writer.write(self._protocol.send(Request(host="slum", target=target)))
-        while not self._open:
+        while not self._accepted:
+            await self._hear()
+
+    async def _hear(self) -> None:
+        """Take in what comes next; Unreachable once it is over, after all that came before: often it is one packet."""
+        if self._ended:
+            raise Unreachable(self._ended)
+        try:
             await self._read()
+        except Unreachable as error:
+            self._ended = str(error)
 
     async def _read(self) -> None:
         try:
@@ -116,7 +121,7 @@ class WebSocket:
     def _take(self, event: object) -> None:
         match event:
             case AcceptConnection():
-                self._open = True
+                self._accepted = self._open = True
             case RejectConnection(status_code=status, has_body=has_body):
                 if not has_body:
                     raise Unreachable(f"the member refused the connection with HTTP {status}")

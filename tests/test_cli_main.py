@@ -235,6 +235,22 @@ def test_a_reader_that_goes_away_is_no_error(desk: Desk) -> None:  # noqa: F811
         assert process.stderr.read() == b""
 
 
+def test_ctrl_c_after_the_end_is_too_late() -> None:
+    script = """
+import atexit, signal, sys
+from slum.cli.main import main
+class Last:
+    def __del__(self, raised=signal.raise_signal, number=signal.SIGINT): raised(number)
+sys.last = Last()  # dropped when the interpreter has put its signal handlers back already
+atexit.register(signal.raise_signal, signal.SIGINT)
+sys.argv = ["slum", "--version"]
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("slum ")
+
+
 def test_no_colour_in_pipes_and_none_where_it_is_refused(desk: Desk) -> None:  # noqa: F811
     desk.slum("apply", "--yes")
     for words in (["ps"], ["status"], ["plan"], ["explain", "notes"], ["ps", "nothere"]):

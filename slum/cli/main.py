@@ -8,6 +8,7 @@ errors are printed and turned into exit codes (docs/cli.md); nothing else in slu
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -177,7 +178,18 @@ def main() -> None:
         from click.shell_completion import shell_complete
 
         sys.exit(shell_complete(slum, {"obj": {}}, "slum", COMPLETE_VARIABLE, instruction))
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(_uninterrupted(sys.argv[1:]))
+
+
+def _uninterrupted(args: Sequence[str]) -> int:
+    """Run, and be deaf to ctrl-C from then on: the interpreter's own end would turn one into a traceback or a signal."""
+    try:
+        code = run(args)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        code = EXIT_INTERRUPTED
+    return code
 
 
 def _usage_message(error: click.ClickException) -> str:

@@ -20,6 +20,7 @@ from urllib.parse import urlencode
 
 import msgspec
 from wsproto import ConnectionType, WSConnection, events
+from wsproto.utilities import ProtocolError
 
 from slum import api, wire
 from slum.answers import problem_of
@@ -69,8 +70,7 @@ class _Session:
         self._out.clear()
         refused, body = 0, b""
         while True:
-            data = self._link.recv(INPUT_BYTES)
-            self._frames.receive_data(data or None)
+            data = self._hear()
             for event in self._frames.events():
                 if isinstance(event, events.AcceptConnection):
                     self._take()
@@ -84,7 +84,18 @@ class _Session:
                     if event.body_finished:
                         raise problem_of(refused, body)
             if not data:
-                raise Unreachable("the control plane closed the connection", hint="`slum status`")
+                raise Unreachable("the control plane closed the connection", hint="`slum status`, then again")
+
+    def _hear(self) -> bytes:
+        """Take in what came and return it; b"" when the connection is over, however it ended."""
+        try:
+            data = self._link.recv(INPUT_BYTES)
+            self._frames.receive_data(data or None)
+        except BlockingIOError:
+            raise
+        except (OSError, ProtocolError):
+            return b""
+        return data
 
     def talk(self, resized: int | None) -> int:
         """Carry bytes until the far side says how the command ended."""
@@ -119,12 +130,9 @@ class _Session:
         """Read before writing: a far side that takes no more may have said its last word already."""
         if ready & ~selectors.EVENT_WRITE:
             try:
-                data = self._link.recv(INPUT_BYTES)
+                data = self._hear()
             except BlockingIOError:
                 return
-            except OSError:
-                data = b""
-            self._frames.receive_data(data or None)
             self._take()
             if not data:
                 self._closed = self._deaf = True
