@@ -28,8 +28,8 @@ from slum.ledger import folder, identity
 from slum.ledger.beginning import Beginning, begin
 from slum.ledger.client import connect
 from slum.ledger.commands import Done, LeaderInfo, Member, Proposal, Result
-from slum.ledger.member import Config
 from slum.ledger.schema import Position, read_position, row_hash
+from slum.ledger.world import Config
 from slum.paths import Home
 
 SMALL_BYTES = 1 << 20

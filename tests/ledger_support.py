@@ -36,10 +36,11 @@ from slum.ledger.commands import (
     pack_fleet,
 )
 from slum.ledger.events import first_hash
-from slum.ledger.member import Config, opened
 from slum.ledger.member import Member as RunningMember
+from slum.ledger.opening import opened
 from slum.ledger.schema import Position
 from slum.ledger.state import Applied, State, bootstrap
+from slum.ledger.world import Config
 from slum.model import Fleet, LocalOperator, Service, Tenement
 from slum.paths import Home
 

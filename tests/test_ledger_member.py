@@ -18,10 +18,10 @@ from slum.errors import InvariantError, QuorumLost, SlumError
 from slum.ledger import disk, folder, frames, group, journal
 from slum.ledger.commands import Barrier, Done, Entry, Header, Intent, Outcome, SetOverride
 from slum.ledger.group import check_engine, command_entry
-from slum.ledger.member import Config
 from slum.ledger.reader import Reader
 from slum.ledger.recover import recover
 from slum.ledger.refusal import Damaged, Refusal
+from slum.ledger.world import Config
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_another_engine_is_refused() -> None:
 def test_the_log_holds_no_pickle(home: Path) -> None:
     with Steps(home) as steps:
         write(steps, "a")
-        commands = [command for command, _, _ in steps.member._journal[0:]]
+        commands = [command for command, _, _ in steps.member.epoch.journal[0:]]
     entries = [data for data in map(command_entry, commands) if data is not None]
     assert len(entries) == 2
     assert all(msgspec.msgpack.decode(data)["header"]["member"] == "m1" for data in entries)
@@ -155,7 +155,7 @@ def test_what_an_old_header_carried_is_proposed_again(home: Path) -> None:
         batch = steps.member.proposer.take_batch()
         at = steps.member.position
         header = Header(generation=at.generation, epoch=at.epoch, term=at.term - 1, member="m1", at=1.0)
-        steps.member._group.append(msgspec.msgpack.encode(Entry(header=header, proposals=batch)))
+        steps.member.epoch.group.append(msgspec.msgpack.encode(Entry(header=header, proposals=batch)))
         steps.until(lambda: answers)
         assert steps.said("entry_was_stale")
         assert isinstance(answers[0], Done)
@@ -177,12 +177,12 @@ def test_what_is_proposed_around_a_seal_keeps_its_order(home: Path) -> None:
 
 def test_what_fell_behind_a_seal_is_proposed_in_the_next_epoch(home: Path) -> None:
     with Steps(home) as steps:
-        while len(steps.member._journal) < SMALL.epoch_entries:
+        while len(steps.member.epoch.journal) < SMALL.epoch_entries:
             write(steps, "a")
         answers: list[object] = []
         steps.member.proposer.submit(proposal(note(why="b")), answers.append, seq=1)
-        steps.member._offer()
-        steps.member._append(steps.member.proposer.take_batch())
+        steps.member._offers.offer()
+        steps.member._offers.append(steps.member.proposer.take_batch())
         steps.until(lambda: answers)
         assert isinstance(answers[0], Done)
         assert steps.member.position.epoch == 2
@@ -215,13 +215,13 @@ def left_at_each_step_of_a_seal(home: Path, tmp_path: Path) -> dict[str, Path]:
         return left[what]
 
     with Steps(home) as steps:
-        while len(steps.member._journal) < SMALL.epoch_entries:
-            write(steps, f"{len(steps.member._journal)}")
-        steps.member._offer()
+        while len(steps.member.epoch.journal) < SMALL.epoch_entries:
+            write(steps, f"{len(steps.member.epoch.journal)}")
+        steps.member._offers.offer()
         keep("the Seal is in no entry yet")
         steps.member._tick()
         keep("the Seal is logged but not synced")
-        steps.member._journal.sync()
+        steps.member.epoch.journal.sync()
         synced = keep("the Seal is synced but not applied")
         steps.member._tick()
         assert steps.member.position.epoch == 2

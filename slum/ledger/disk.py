@@ -55,7 +55,7 @@ class Guard:
     """Watches the disk under *folder*; keeps, gives up and remakes the ballast."""
 
     def __init__(self, folder: Path, at: Marks) -> None:
-        self._folder = folder
+        self.folder = folder
         self._path = folder / "ballast"
         self._marks = at
         self._next_check = 0.0
@@ -86,7 +86,7 @@ class Guard:
         return self._path.exists()
 
     def _free(self) -> int:
-        found = os.statvfs(self._folder)
+        found = os.statvfs(self.folder)
         return found.f_bavail * found.f_frsize
 
     def _make(self) -> bool:

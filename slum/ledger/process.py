@@ -24,8 +24,10 @@ from slum import log
 from slum.errors import SlumError
 from slum.ledger import identity, joiner
 from slum.ledger.links import Links
-from slum.ledger.member import Config, Member, World, opened, real_world
+from slum.ledger.member import Member
+from slum.ledger.opening import opened
 from slum.ledger.service import Connection, Service
+from slum.ledger.world import Config, World, real_world
 from slum.paths import Home, checked_home
 
 WARNINGS = frozenset(

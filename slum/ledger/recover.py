@@ -20,10 +20,10 @@ from pathlib import Path
 
 from slum.errors import SlumError
 from slum.ledger import folder, journal
-from slum.ledger.member import Config
 from slum.ledger.refusal import RESTORE, Refusal
 from slum.ledger.schema import EpochRow, Position
 from slum.ledger.state import State
+from slum.ledger.world import Config
 
 
 def recover(home: Path, *, actor: str, now: float, epoch_bytes: int = Config().epoch_bytes) -> Position:

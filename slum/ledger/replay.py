@@ -8,7 +8,7 @@ skipping ends. A mismatch is damage; nothing is guessed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -19,7 +19,9 @@ from slum.frozen import Frozen
 from slum.ledger import folder, journal
 from slum.ledger.beginning import Note
 from slum.ledger.group import command_entry
+from slum.ledger.peerwire import Place
 from slum.ledger.refusal import Damaged
+from slum.ledger.schema import EpochRow
 from slum.ledger.state import State, next_chain
 
 _COPIED = "copied.json"
@@ -56,6 +58,34 @@ class Skip:
                     "the copy of state.db that was taken does not follow from the entries that the members hold"
                 )
         return True
+
+
+class Retained:
+    """The journal of the epoch before, for members that are behind: kept open when we ran it, opened again when asked for."""
+
+    def __init__(self, home: Path, epoch_bytes: int) -> None:
+        self._home = home
+        self._epoch_bytes = epoch_bytes
+        self._kept: tuple[Place, journal.Journal] | None = None
+
+    def keep(self, place: Place, ended: journal.Journal) -> None:
+        """Take over the journal of an epoch that has ended; the one before it is closed."""
+        self.close()
+        self._kept = (place, ended)
+
+    def journal_of(self, place: Place, before: Iterable[EpochRow]) -> journal.Journal | None:
+        """Return the journal of *place* when it is that of the epoch *before*, whose file may be gone."""
+        if self._kept is None:
+            for row in before:
+                path = folder.journal_path(self._home, row)
+                if path.exists():
+                    self._kept = ((row.generation, row.epoch), journal.open_journal(path, self._epoch_bytes))
+        return self._kept[1] if self._kept is not None and self._kept[0] == place else None
+
+    def close(self) -> None:
+        if self._kept is not None:
+            self._kept[1].close()
+        self._kept = None
 
 
 def open_epoch(home: Path, state: State, epoch_bytes: int, note: Note) -> tuple[journal.Journal, Skip]:

@@ -21,7 +21,9 @@ from slum.ledger.changes import Change
 from slum.ledger.commands import Barrier, NoteEvent, Proposal, Record, Rejected, Result
 from slum.ledger.commands import Member as MemberRow
 from slum.ledger.joiner import Join, Joiner, pending, prepare
-from slum.ledger.member import Config, Member, World, opened
+from slum.ledger.member import Member
+from slum.ledger.opening import opened
+from slum.ledger.world import Config, World
 
 TICK_S = 0.02
 CALM_S = 60.0
@@ -169,8 +171,8 @@ class Schedule:
         # What it has just taken in is worked on soon; else the next tick is.
         node.next_at = self.clock.at + (0.0002 if self.faults.moved else TICK_S)
         self.faults.moved = False
-        if member._group.leads and member._wire is not None:
-            key = (*member._wire.place, member._group.term)
+        if member.epoch.group.leads and member.epoch.wire is not None:
+            key = (*member.epoch.wire.place, member.epoch.group.term)
             if self.leaders.setdefault(key, node.name) != node.name:
                 raise Failed(f"{key} is led by {self.leaders[key]} and {node.name}")
         for take, answer in member.proposer.release():
@@ -216,7 +218,7 @@ class Schedule:
         member = node.member
         assert member is not None
         self.say(node, "crash", {"at": self.faults.last})
-        journal = member._journal
+        journal = member.epoch.journal
         torn = None
         if journal._pending and self.chance.random() < 0.5:
             body = b"".join((*journal._pending, frames.commit_record(journal._commit)))
@@ -278,7 +280,7 @@ class Schedule:
              "pause", "pause_leader", "heal", "heal", "break"]
         )  # fmt: skip
         alive = self.alive()
-        leaders = [node for node in alive if node.member is not None and node.member._group.leads]
+        leaders = [node for node in alive if node.member is not None and node.member.epoch.group.leads]
         if self.trace:
             print(f"{self.clock.at:10.4f} -- {kind}")
         if self.changing and leaders and self.chance.random() < 0.4:
@@ -389,12 +391,12 @@ class Schedule:
             self.turn(self.clock.at + TICK_S)
             members = self.final()
             positions = {(m.position.seq, m.position.chain, m.place) for m in members if m is not None}
-            ready = any(m is not None and m._is_ready() and not m.proposer.in_flight for m in members)
+            ready = any(m is not None and m.is_ready and not m.proposer.in_flight for m in members)
             if members and not self.open and ready and len(positions) == 1:
                 return
             if self.clock.at > end:
                 state = [
-                    (n.name, n.member.place, n.member.position.seq, n.member._group.term)
+                    (n.name, n.member.place, n.member.position.seq, n.member.epoch.group.term)
                     for n in self.alive()
                     if n.member
                 ]

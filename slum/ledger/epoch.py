@@ -1,0 +1,99 @@
+"""The running group of one epoch: PySyncObj, its journal, its wire to the peers and its election timer, made together.
+
+Made for a position of state.db, whose members stay the same until the epoch's Seal; ends when the member says so, never from
+inside a tick. What commits goes to *on_entry*. Knows nothing of the epochs before and after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from slum.ledger.election import Election
+from slum.ledger.group import Group, Timing
+from slum.ledger.journal import Journal
+from slum.ledger.peerwire import AskPreVote, Message, Place
+from slum.ledger.replay import Skip
+from slum.ledger.schema import Position
+from slum.ledger.sealing import worth_waiting
+from slum.ledger.transport import NoPeers, Wire
+from slum.ledger.world import World
+
+
+class Epoch:
+    """One group and what belongs to it. *stands* makes it call an election as soon as a majority is there."""
+
+    def __init__(
+        self,
+        *,
+        me: str,
+        position: Position,
+        journal: Journal,
+        skip: Skip,
+        timing: Timing,
+        world: World,
+        post: Callable[[str, Message], None],
+        on_entry: Callable[[bytes], None],
+        stands: bool,
+    ) -> None:
+        now = world.clock()
+        self.place: Place = (position.generation, position.epoch)
+        self.journal = journal
+        self.skip = skip
+        self.me = me
+        self.rows = {row.id: row for row in position.members if row.id != me}
+        self.is_member = any(row.id == me for row in position.members)
+        self.patient_until = now + timing.election_max_s + timing.fallback_s
+        """Before it, nobody has had the time to be elected."""
+        self._clock = world.clock
+        peers = tuple(self.rows)
+        self.election = Election(
+            place=self.place,
+            peers=peers,
+            min_s=timing.election_min_s,
+            max_s=timing.election_max_s,
+            chance=world.chance,
+            now=now,
+        )
+        self.wire: Wire | None = None
+        if peers:
+            self.wire = Wire(
+                place=self.place, peers=peers, journal=journal, election=self.election, post=post, clock=world.clock
+            )
+        self.group = Group(
+            member=me,
+            peers=peers,
+            journal=journal,
+            transport=NoPeers() if self.wire is None else self.wire,
+            on_entry=on_entry,
+            timing=timing,
+        )
+        if self.wire is not None:
+            self.wire.attach(self.group)
+        self.election.must_stand = self.is_member and (stands or not peers)
+
+    @property
+    def others_leader(self) -> str | None:
+        """The member that leads, as far as this one has heard lately."""
+        leader = self.group.leader
+        if leader is None or leader == self.me:
+            return None
+        return leader if self.election.hears_leader(self._clock()) else None
+
+    def asks(self) -> AskPreVote | None:
+        """Return the question for all peers when it is time to ask who would vote for us."""
+        if self.wire is None or not self.is_member:
+            return None
+        return self.election.tick(self._clock(), leads=self.group.leads, term=self.group.term, last=self.journal.last)
+
+    def tick(self) -> None:
+        stand = self.election.must_stand and (self.wire is None or self.wire.reaches_majority)
+        if stand:
+            self.election.must_stand = False
+        self.group.tick(stand=stand)
+
+    def lacks_a_peer(self, up: Iterable[str]) -> bool:
+        """Tell whether we lead and one of those that are *up* almost has all of the log."""
+        if not self.group.leads or self.wire is None:
+            return False
+        acknowledged = (self.group.acknowledged(peer) for peer in up if peer in self.rows)
+        return worth_waiting(len(self.journal), acknowledged)
