@@ -109,10 +109,11 @@ def server_run(asked: Invocation) -> None:
     """
     import os
 
+    from slum.node.boot import check_keeper
     from slum.node.keeperclient import keeper_command
     from slum.server import boot
 
-    boot.check_keeper(asked.home)
+    check_keeper(asked.home)
     boot.write_boot(asked.home)
     words, env = keeper_command(asked.home)
     asked.note(f"keeper in the foreground (data {asked.home.data}); its log is {asked.home.own_log('keeper')}")

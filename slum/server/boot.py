@@ -6,23 +6,20 @@ and agent, and with *services* everything. Synchronous and light: the command li
 
 from __future__ import annotations
 
-import errno
 import http.client
-import os
-import secrets
 import socket
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 import msgspec
 
-from slum.errors import ConfigError, SlumError, Unreachable
+from slum.errors import Unreachable
 from slum.frozen import Frozen
-from slum.node.keeperclient import Child, KeeperError, call, start_detached
+from slum.node import boot
+from slum.node.boot import GRACE_S, POLL_S, check_keeper
 from slum.node.limits.detect import detect
-from slum.node.types import Log, Respawn, Spawn
+from slum.node.types import Spawn
 from slum.operators.local import Site
 from slum.paths import Home
 
@@ -32,12 +29,7 @@ PROGRAMS: Mapping[str, str] = {
     "agent": "slum.node.agent",
 }
 """In the order in which they are started."""
-INHERITED = ("LANG", "LC_ALL", "TZ", "HOME", "VIRTUAL_ENV")
-PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-NOT_OURS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST})
 UP_S = 30.0
-GRACE_S = 10.0
-POLL_S = 0.02
 
 
 class UpResult(Frozen):
@@ -69,21 +61,7 @@ class DownResult(Frozen):
 
 def boot_children(home: Home, python: str = sys.executable, env: Mapping[str, str] | None = None) -> tuple[Spawn, ...]:
     """Return the programs that the keeper keeps alive; their environment is a few names of *env* (default: ours)."""
-    given = os.environ if env is None else env
-    own = {name: given[name] for name in INHERITED if name in given}
-    own["PATH"] = f"{Path(python).parent}:{given.get('PATH') or PATH}"
-    return tuple(
-        Spawn(
-            name=name,
-            argv=(python, "-P", "-m", module, "--data-dir", str(home.data), "--run-dir", str(home.run)),
-            env={**own, "SLUM_DATA_DIR": str(home.data), "SLUM_RUN_DIR": str(home.run), "PYTHONUNBUFFERED": "1"},
-            # Mounts, cgroups and other uids are the agent's work, and what it starts inherits this flag from it.
-            no_new_privs=name != "agent",
-            log=Log(path=str(home.own_log(name)), keep=2),
-            respawn=Respawn(),
-        )
-        for name, module in PROGRAMS.items()
-    )
+    return tuple(boot.program(home, name, module, python, env) for name, module in PROGRAMS.items())
 
 
 def operator_site(home: Home, member: str) -> Site:
@@ -93,55 +71,19 @@ def operator_site(home: Home, member: str) -> Site:
 
 
 def write_boot(home: Home) -> tuple[Spawn, ...]:
-    """Write boot.json, from which a keeper starts the programs after a reboot too, and return them; whole or not at all.
-
-    ConfigError when the data folder is not ours to write.
-    """
+    """Write boot.json, from which a keeper starts the programs after a reboot too, and return them."""
     children = boot_children(home)
-    temporary = home.boot.with_name(f".boot.{secrets.token_hex(4)}")
-    try:
-        home.data.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
-        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-            file.write(msgspec.json.format(msgspec.json.encode({"children": children})))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(home.boot)
-    except OSError as error:
-        refused = error.errno in NOT_OURS
-        raise (ConfigError if refused else SlumError)(
-            f"the data folder {home.data} cannot be written: {error.strerror}",
-            hint="choose another with --data-dir or SLUM_DATA_DIR, or be the user it belongs to" if refused else "",
-        ) from error
+    boot.write_boot(home, children)
     return children
-
-
-def check_keeper(home: Home) -> None:
-    """Return when no keeper uses the run folder, or one that keeps the same data folder; ConfigError otherwise."""
-    try:
-        data = str(call(home, "hello").get("data") or home.data)
-    except Unreachable:
-        return
-    if os.path.realpath(data) != os.path.realpath(home.data):
-        raise ConfigError(
-            f"what runs in {home.run} keeps its data in {data}, not in {home.data}; nothing was changed",
-            hint=f"add --data-dir {data}, or choose another --run-dir for a control plane of its own",
-        )
 
 
 def up(home: Home, *, timeout_s: float = UP_S) -> UpResult:
     """Make keeper, ledger, server and agent run and return when the API answers; finds what runs. Unreachable if not."""
     check_keeper(home)
-    children = write_boot(home)
-    before = _children(home)
-    hello = start_detached(home)
-    if before is None:
-        started = tuple(PROGRAMS)
-    else:
-        running = {child.name for child in before if child.running}
-        started = tuple(spawn.name for spawn in children if spawn.name not in running and _spawn(home, spawn))
+    hello, started, keeper_started = boot.start(home, boot_children(home))
     _wait_for_api(home, time.monotonic() + timeout_s)
     return UpResult(
-        keeper_started=before is None,
+        keeper_started=keeper_started,
         started=started,
         keeper_pid=hello.pid,
         data=str(home.data),
@@ -151,10 +93,12 @@ def up(home: Home, *, timeout_s: float = UP_S) -> UpResult:
 
 def down(home: Home, *, services: bool, grace_s: float = GRACE_S) -> DownResult:
     """End agent, server and ledger, then with *services* all the rest; nothing running is nothing to do."""
-    stopped = _shut_down(home, {child.name for child in _children(home) or () if child.name in PROGRAMS}, grace_s)
+    stopped = boot.shut_down(
+        home, {child.name for child in boot.children(home) or () if child.name in PROGRAMS}, grace_s
+    )
     if services:
-        stopped += _shut_down(home, {child.name for child in _children(home) or ()}, grace_s)
-    left = sum(child.running for child in _children(home) or ())
+        stopped += boot.shut_down(home, {child.name for child in boot.children(home) or ()}, grace_s)
+    left = sum(child.running for child in boot.children(home) or ())
     if services and not left:
         detect(home).clear()
     return DownResult(stopped=stopped, left=left)
@@ -186,30 +130,6 @@ class _Connection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
-def _children(home: Home) -> tuple[Child, ...] | None:
-    """Return the keeper's children, also those between two lives; None without a keeper."""
-    found: list[Child] = []
-    while True:
-        try:
-            answer = call(home, "list", after=found[-1].name if found else None)
-        except Unreachable:
-            return None
-        found += msgspec.convert(answer["children"], list[Child])
-        if not answer["more"]:
-            return tuple(found)
-
-
-def _spawn(home: Home, spawn: Spawn) -> bool:
-    """Start *spawn*; False when the keeper has it already, between two lives of its own."""
-    try:
-        call(home, "spawn", spawn=msgspec.to_builtins(spawn))
-    except KeeperError as error:
-        if error.kind == "exists":
-            return False
-        raise
-    return True
-
-
 def _wait_for_api(home: Home, end: float) -> None:
     while not is_ready(home):
         if time.monotonic() > end:
@@ -228,22 +148,3 @@ def _last_words(home: Home) -> str:
     newest = max(logs, key=lambda path: path.stat().st_mtime)
     lines = newest.read_bytes()[-4096:].decode("utf-8", "replace").splitlines()
     return lines[-1] if lines else "nothing"
-
-
-def _shut_down(home: Home, names: set[str], grace_s: float) -> tuple[str, ...]:
-    """Let the keeper end *names* and return those that ran when they are gone; SlumError when they do not go."""
-    running = _running(home, names)
-    try:
-        call(home, "shutdown", names=sorted(names), grace_s=grace_s)
-    except Unreachable:
-        return ()
-    end = time.monotonic() + grace_s + 5.0
-    while left := _running(home, names):
-        if time.monotonic() > end:
-            raise SlumError(f"these do not end: {', '.join(left[:10])}", hint="they ignore SIGKILL; see `dmesg`")
-        time.sleep(POLL_S)
-    return running
-
-
-def _running(home: Home, names: set[str]) -> tuple[str, ...]:
-    return tuple(child.name for child in _children(home) or () if child.running and child.name in names)
