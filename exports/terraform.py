@@ -246,9 +246,7 @@ def _hetzner(
             tenement.name: {
                 "machines": list(tenement.machine_names),
                 "labels": _hetzner_labels(tenement, losses),
-                "ports": sorted(
-                    {int(listen.rpartition(":")[2]) for listen in tenement.routing_listen if _is_public(listen)}
-                ),
+                "ports": list(tenement.public_ports),
             }
             for tenement in tenements
         },
@@ -269,10 +267,6 @@ def _hetzner_labels(tenement: Tenement, losses: Losses) -> dict[str, Value]:
 def _is_hetzner_label(label: Label) -> bool:
     owner = label.name.rpartition("/")[0]
     return label.name.count("/") <= 1 and not owner.endswith("hetzner.cloud") and "/" not in label.value
-
-
-def _is_public(listen: str) -> bool:
-    return not listen.startswith(("127.", "[::1]"))
 
 
 def _fly(fleet: Fleet, operator: FlyOperator, tenements: Sequence[Tenement]) -> dict[str, Value]:
@@ -300,8 +294,7 @@ def _fly(fleet: Fleet, operator: FlyOperator, tenements: Sequence[Tenement]) -> 
 
 def _fly_port(tenement: Tenement) -> int | None:
     """Return the router's port that Fly's proxy, which speaks TLS itself, sends requests to."""
-    ports = sorted({int(listen.rpartition(":")[2]) for listen in tenement.routing_listen if _is_public(listen)})
-    return next((port for port in ports if port != 443), None)
+    return next((port for port in tenement.public_ports if port != 443), None)
 
 
 def _ssh(operator: SshOperator, tenements: Sequence[Tenement], losses: Losses) -> dict[str, Value]:
@@ -400,7 +393,7 @@ def _losses(fleet: Fleet, losses: Losses) -> None:
             losses.add(f"{at}.service", count, "Terraform makes machines; services change more often", "`slum apply`")
         if tenement.settings != Settings():
             losses.add(f"{at}.settings", "how services are supervised", "it goes with the services", "`slum apply`")
-        if not any(_is_public(listen) for listen in tenement.routing_listen) and tenement.routing_listen != _LISTEN:
+        if not tenement.public_ports and tenement.routing_listen != _LISTEN:
             losses.add(
                 f"{at}.routing.listen", ", ".join(tenement.routing_listen), "it opens no port to others", "`slum apply`"
             )

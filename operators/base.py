@@ -7,7 +7,7 @@ SlumError (OperatorError with the provider's status, code and request id). Optio
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from slum.frozen import Frozen
 
@@ -58,6 +58,8 @@ class Deadlines(Frozen):
     observe_s: float = 30.0
     create_s: float = 300.0
     destroy_s: float = 120.0
+    settle_s: float = 0.0
+    """How long after its deadline a call may still show in what observe returns: a request under way, a stale list."""
 
 
 class Operator(Protocol):
@@ -77,12 +79,14 @@ class Operator(Protocol):
         ...
 
 
+@runtime_checkable
 class Foretold(Protocol):
     def machine_id(self, spec: MachineSpec) -> str:
         """Return the id that the machine of spec.key has as soon as it exists, so that an intent can name it before."""
         ...
 
 
+@runtime_checkable
 class Checked(Protocol):
     async def problems(self) -> tuple[str, ...]:
         """Ask the provider and return what it would refuse in this operator's definition, "KEY: why", with what is near."""
@@ -93,6 +97,7 @@ class Resize(Protocol):
     async def resize(self, machine_id: str, size: str) -> None: ...
 
 
+@runtime_checkable
 class Power(Protocol):
     async def is_off(self, machine_id: str) -> bool:
         """Tell whether the provider vouches that the machine does not run: what replacing a silent one waits for."""

@@ -55,7 +55,7 @@ _TAKEN_BY = re.compile(r"machine ID ([0-9A-Za-z_-]+)")
 
 
 class Fly:
-    deadlines = Deadlines(observe_s=60.0, create_s=300.0, destroy_s=180.0)
+    deadlines = Deadlines(observe_s=60.0, create_s=300.0, destroy_s=180.0, settle_s=CALL_S + SETTLE_S)
 
     def __init__(self, definition: FlyOperator, *, clock: Clock = REAL, env: Mapping[str, str] = os.environ) -> None:
         self._definition = definition

@@ -20,6 +20,7 @@ from slum.errors import ConfigError, OperatorError
 from slum.model import HetznerOperator
 from slum.operators import naming
 from slum.operators.account import (
+    CALL_S,
     REAL,
     SETTLE_S,
     Clock,
@@ -52,7 +53,7 @@ T = TypeVar("T")
 
 
 class Hetzner:
-    deadlines = Deadlines(observe_s=60.0, create_s=300.0, destroy_s=180.0)
+    deadlines = Deadlines(observe_s=60.0, create_s=300.0, destroy_s=180.0, settle_s=CALL_S + SETTLE_S)
 
     def __init__(
         self, definition: HetznerOperator, *, clock: Clock = REAL, env: Mapping[str, str] = os.environ

@@ -139,6 +139,12 @@ class Tenement(Sparse):
         """The names of its machines: its own, or NAME-1..NAME-count when count is above 1."""
         return (self.name,) if self.count == 1 else tuple(f"{self.name}-{n}" for n in range(1, self.count + 1))
 
+    @property
+    def public_ports(self) -> tuple[int, ...]:
+        """The ports on which its router takes requests from other machines, in order."""
+        outside = (text for text in self.routing_listen if not text.startswith(("127.", "[::1]")))
+        return tuple(sorted({int(text.rpartition(":")[2]) for text in outside}))
+
 
 class LocalOperator(Sparse, tag="local", tag_field="type"):
     """This machine, or the one that runs member *member*."""

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import sqlite3
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -32,7 +31,7 @@ from slum.errors import SlumError
 from slum.ledger.commands import Done, Intent, Outcome
 from slum.ledger.reader import Reader
 from slum.operators import naming
-from slum.operators.account import CALL_S, SETTLE_S, Clock
+from slum.operators.account import Clock
 from slum.operators.base import Join, Machine, MachineSpec
 from slum.operators.fly import Fly
 from slum.operators.hetzner import Hetzner
@@ -99,13 +98,11 @@ class Plane:
         clock: SimClock,
         scribe: Scribe,
         reader: Reader,
-        db: sqlite3.Connection,
         operator: Hetzner | Fly,
         random: Random,
     ) -> None:
         self.kind = kind
         self.clock, self.scribe, self.reader, self.operator, self.random = clock, scribe, reader, operator, random
-        self.db = db
         self.wanted: set[str] = set()
         self.holds = 0.04
         self.held: list[Held] = []
@@ -153,27 +150,16 @@ class Plane:
                     state=row.state,
                     machine_id=row.machine_id,
                     action=row.action,
-                    deadline_at=row.deadline_at,
+                    arrives_until=row.arrives_until,
                 )
-        # What is left is destroyed only when no call to make it can arrive any more, nor a list be older than the last one.
-        seen_at = 1_800_000_000.0 + began - CALL_S - SETTLE_S
-        unsettled = {name for name, r in rows.items() if self.arrives_until(name, r.incarnation) >= seen_at}
         return Situation(
             wanted=tuple(Wanted(machine=name, tenement=name, operator="eu") for name in sorted(self.wanted)),
             known=tuple(rows.values()),
             observed={"eu": machines},
-            now=seen_at,
-            drained=frozenset(rows.keys() - unsettled),
+            settled_at={"eu": 1_800_000_000.0 + began - self.operator.deadlines.settle_s},
+            drained=frozenset(rows),
             resting=frozenset(name for name, (_, at) in self.tries.items() if at > self.clock.at),
         )
-
-    def arrives_until(self, machine: str, incarnation: int) -> float:
-        """Return until when a call to create, whose answer nobody has heard, may still arrive."""
-        query = (
-            "SELECT coalesce(max(deadline_at), 0) FROM intents"
-            " WHERE machine = ? AND incarnation = ? AND kind = 'create' AND state IN ('open', 'superseded')"
-        )
-        return float(self.db.execute(query, (machine, incarnation)).fetchone()[0])
 
     async def perform(self, action: Action) -> None:
         if isinstance(action, Recognise):
@@ -265,10 +251,9 @@ def a_plane(
         stack.callback(state.close)
         reader = Reader(home)
         stack.callback(reader.close)
-        db = stack.enter_context(closing(sqlite3.connect(f"{(home / 'state.db').as_uri()}?mode=ro", uri=True)))
         url = stack.enter_context(fake.serving())
         operator = KINDS[kind].operator(url, fake, clock)
-        plane = Plane(kind, clock, Scribe(state), reader, db, operator, Random(f"{kind}/{seed}"))
+        plane = Plane(kind, clock, Scribe(state), reader, operator, Random(f"{kind}/{seed}"))
         plane.begin()
         yield plane, fake, clock
 

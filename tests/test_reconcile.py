@@ -24,7 +24,7 @@ HERE = Wanted(machine="here", tenement="here", operator="local")
 
 def known(state: str, *, machine: str = "here", incarnation: int = 1, id: str = "local:m1", **fields: object) -> Known:
     base = {"machine": machine, "tenement": machine, "operator": "local", "incarnation": incarnation, "state": state}
-    return Known(**{**base, "machine_id": id, "action": "a1", "deadline_at": 100.0, **fields})  # type: ignore[arg-type]
+    return Known(**{**base, "machine_id": id, "action": "a1", "arrives_until": 0.0, **fields})  # type: ignore[arg-type]
 
 
 def seen(machine: str = "here", incarnation: int = 1, id: str = "local:m1") -> Machine:
@@ -32,7 +32,13 @@ def seen(machine: str = "here", incarnation: int = 1, id: str = "local:m1") -> M
 
 
 def situation(*wanted: Wanted, **fields: object) -> Situation:
-    base = {"wanted": wanted, "known": (), "observed": {"local": ()}, "now": 50.0, "hosts": {"local": "local:m1"}}
+    base = {
+        "wanted": wanted,
+        "known": (),
+        "observed": {"local": ()},
+        "settled_at": {"local": 50.0},
+        "hosts": {"local": "local:m1"},
+    }
     return Situation(**{**base, **fields})  # type: ignore[arg-type]
 
 
@@ -93,9 +99,20 @@ def test_a_destroyed_name_comes_back_as_a_higher_incarnation() -> None:
 
 
 def test_a_creation_that_may_still_arrive_is_not_forgotten_before_its_deadline() -> None:
-    unknown = (known("creating", id="", deadline_at=100.0),)
-    assert decide(situation(known=unknown, now=99.0)) == ()
-    assert decide(situation(known=unknown, now=101.0)) == (destroy(id=""),)
+    unknown = (known("creating", id="", arrives_until=100.0),)
+    assert decide(situation(known=unknown, settled_at={"local": 99.0})) == ()
+    assert decide(situation(known=unknown, settled_at={"local": 101.0})) == (destroy(id=""),)
+
+
+def test_a_machine_that_is_there_may_be_made_once_more_by_an_earlier_call_and_so_is_not_destroyed_yet() -> None:
+    made = (known("created", arrives_until=100.0),)
+    left = {"known": made, "observed": {"local": (seen(),)}, "drained": frozenset({"here"})}
+    assert decide(situation(**left, settled_at={"local": 99.0})) == ()  # type: ignore[arg-type]
+    assert decide(situation(**left, settled_at={"local": 101.0})) == (destroy(),)  # type: ignore[arg-type]
+
+
+def test_what_is_not_there_needs_no_draining() -> None:
+    assert decide(situation(known=(known("created"),))) == (destroy(),)
 
 
 def test_a_local_machine_is_left_before_it_is_taken_under_another_name() -> None:
@@ -132,6 +149,7 @@ def situations(draw: st.DrawFn) -> Situation:
             machine=name,
             incarnation=draw(st.integers(1, 3)),
             id=draw(st.sampled_from(("", name))),
+            arrives_until=draw(st.sampled_from((0.0, 100.0))),
         )
         for name in rows
     )
@@ -140,7 +158,7 @@ def situations(draw: st.DrawFn) -> Situation:
         *(Wanted(machine=name, tenement=name, operator="local") for name in sorted(wanted)),
         known=known_rows,
         observed={"local": there} if draw(st.booleans()) else {},
-        now=draw(st.sampled_from((50.0, 150.0))),
+        settled_at={"local": draw(st.sampled_from((50.0, 150.0)))},
         hosts={"local": "h"} if draw(st.booleans()) else {},
         drained=frozenset(draw(st.sets(st.sampled_from(NAMES)))),
         resting=frozenset(draw(st.sets(st.sampled_from(NAMES)))),
@@ -153,6 +171,7 @@ def test_decisions_keep_the_rules(now: Situation) -> None:
     assert decide(now) == actions
     rows = {row.machine: row for row in now.known}
     wanted = {want.machine for want in now.wanted}
+    there = {(m.machine, int(m.key.rpartition(".")[2])) for m in now.observed.get("local", ())}
     assert len({a.machine for a in actions}) == len(actions)
     assert not {a.machine for a in actions} & now.resting
     if not now.observed:
@@ -169,8 +188,9 @@ def test_decisions_keep_the_rules(now: Situation) -> None:
                 assert row is not None
                 assert row.state != "destroyed"
                 assert row.state == "destroying" or action.machine not in wanted
-                if action.machine_id and row.state != "destroying":
-                    assert action.machine in now.drained
+                if row.state != "destroying":
+                    assert row.arrives_until < now.settled_at["local"]
+                    assert action.machine in now.drained or (action.machine, row.incarnation) not in there
             case Recognise():
                 assert row is not None
                 assert row.state == "creating"
@@ -188,7 +208,7 @@ def test_doing_what_was_decided_arrives(start: Situation) -> None:
                 *start.wanted,
                 known=tuple(rows.values()),
                 observed={"local": tuple(seen(name, number, name) for name, number in sorted(there))},
-                now=1000.0,
+                settled_at={"local": 1000.0},
                 hosts={},
                 drained=frozenset(NAMES),
             )

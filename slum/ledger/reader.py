@@ -52,6 +52,8 @@ class MachineRow(Frozen):
     machine_id: str
     action: str
     deadline_at: float
+    arrives_until: float
+    """Until when a call to create it, whose answer nobody has heard, may still arrive; 0 when there is none."""
 
 
 class IntentRow(Frozen):
@@ -144,8 +146,14 @@ class Reader:
 
     def machines(self) -> tuple[MachineRow, ...]:
         """Return every incarnation of every machine, destroyed ones too, by name and incarnation."""
-        columns = ", ".join(MachineRow.__struct_fields__)
-        return tuple(_structs(MachineRow, self._rows(f"SELECT {columns} FROM machines ORDER BY machine, incarnation")))
+        columns = ", ".join(f"machines.{name}" for name in MachineRow.__struct_fields__ if name != "arrives_until")
+        rows = self._rows(
+            f"SELECT {columns}, coalesce(max(intents.deadline_at), 0) FROM machines LEFT JOIN intents"
+            " ON intents.machine = machines.machine AND intents.incarnation = machines.incarnation"
+            " AND intents.kind = 'create' AND intents.state IN ('open', 'superseded')"
+            " GROUP BY machines.machine, machines.incarnation ORDER BY machines.machine, machines.incarnation"
+        )
+        return tuple(_structs(MachineRow, rows))
 
     def open_intents(self) -> tuple[IntentRow, ...]:
         """Return the intents without an outcome, oldest first."""

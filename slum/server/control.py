@@ -13,6 +13,7 @@ import time
 from slum import api
 from slum.errors import ConfigError, Conflict, QuorumLost, SlumError
 from slum.ledger.commands import AnyCommand, Done, Proposal, Rejected
+from slum.operators.base import Join
 from slum.paths import Home
 from slum.server import observed
 from slum.server.agents import Hub
@@ -65,6 +66,13 @@ class Control:
         result = await self.link.propose(proposal, deadline_s=deadline_s)
         self.world()
         return result
+
+    async def join_of(self, key: str) -> Join:
+        """Return how the machine *key* shall join home, with a new token for it alone; ConfigError when none can join."""
+        raise ConfigError(
+            f"{key} could not join: this control plane is reachable from this machine only",
+            hint="`slum server init` opens it",
+        )
 
     async def watch(self) -> None:
         """Notice every move of the ledger's seq, for ever: push to the agents, wake who waits."""

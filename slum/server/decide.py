@@ -2,8 +2,8 @@
 
 Inputs are what the fleet wants, what the ledger remembers (one row a machine: its newest incarnation) and what each
 operator that answered has seen. An operator that did not answer gets no action. Rules: an intent whose outcome is unknown
-is settled by what is observed before anything is done again; a machine is destroyed only when it is not wanted any more
-and is drained; a destroyed incarnation stays dead, its name comes back as a higher one; a host that holds one machine (a
+is settled by what is observed before anything is done again; a machine is destroyed only when it is not wanted any more,
+is drained if it is there, and no call to make it can still arrive; a destroyed incarnation stays dead, its name comes back as a higher one; a host that holds one machine (a
 local one) is left before it is taken. Same inputs, same actions, ordered by machine.
 """
 
@@ -34,7 +34,8 @@ class Known:
     """"creating", "created", "failed", "destroying", "destroyed"."""
     machine_id: str
     action: str
-    deadline_at: float
+    arrives_until: float
+    """Until when a call to create it, whose answer nobody has heard, may still arrive."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +44,8 @@ class Situation:
     known: tuple[Known, ...]
     observed: Mapping[str, tuple[Machine, ...]]
     """What each operator that answered has, by the operator's name."""
-    now: float
+    settled_at: Mapping[str, float] = field(default_factory=dict)
+    """By operator: a call that ended before this moment shows in what was observed."""
     hosts: Mapping[str, str] = field(default_factory=dict)
     """The host of each operator that holds only one machine; two operators may share one."""
     drained: frozenset[str] = frozenset()
@@ -126,11 +128,11 @@ def _keep(want: Wanted, row: Known, situation: Situation) -> Action | None:
 
 
 def _leave(row: Known, situation: Situation) -> Action | None:
-    found = row.machine_id or _found(row, situation)
-    if not found:
-        # A call that timed out may still make it: only after its deadline "not seen" means "not there".
-        return _destroy(row, "") if row.state == "failed" or situation.now > row.deadline_at else None
-    return _destroy(row, found) if row.machine in situation.drained else None
+    if row.arrives_until and row.arrives_until >= situation.settled_at.get(row.operator, 0.0):
+        # A destroy that overtakes the call would find nothing, and the call would leave a machine behind.
+        return None
+    found = _found(row, situation)
+    return _destroy(row, row.machine_id or found) if not found or row.machine in situation.drained else None
 
 
 def _is_free(want: Wanted, known: Mapping[str, Known], situation: Situation) -> bool:

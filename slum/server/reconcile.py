@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from slum import log, model
-from slum.errors import QuorumLost, SlumError
+from slum.errors import ConfigError, OperatorError, QuorumLost, SlumError
 from slum.ledger.commands import AnyCommand, Intent, LeaderInfo, Outcome, Rejected, new_request_id
-from slum.operators.base import Machine, MachineSpec, Operator
+from slum.operators.base import Foretold, Machine, MachineSpec, Operator
 from slum.operators.registry import make_operator
 from slum.server.boot import operator_site
 from slum.server.control import Control
@@ -37,6 +37,8 @@ class Sight:
     machines: tuple[Machine, ...] | None
     """None when the operator did not answer."""
     until: float
+    settled_at: float = 0.0
+    """Unix seconds: a call that ended before shows in it."""
 
 
 class Reconciler:
@@ -100,7 +102,7 @@ class Reconciler:
                 wanted=wanted,
                 known=known_machines(world),
                 observed=observed,
-                now=time.time(),
+                settled_at={name: self._sights[name].settled_at for name in observed},
                 hosts={
                     name: f"local:{operator.member or leader.member}"
                     for name, operator in definitions.items()
@@ -137,15 +139,17 @@ class Reconciler:
 
     async def _look(self, name: str, operator: Operator, cluster: str) -> None:
         machines, pause, acts = None, BACKOFF_S[2], self._acts[name]
+        settled_at = time.time() - operator.deadlines.settle_s
         try:
             async with asyncio.timeout(operator.deadlines.observe_s):
                 machines, pause = await operator.observe(cluster), OBSERVED_S
         except (SlumError, TimeoutError) as error:
+            pause = max(pause, _retry_after_s(error))
             log.get().warning("operator_not_observed", operator=name, why=str(error) or "it did not answer in time")
         finally:
             self._looking.discard(name)
         if acts == self._acts[name]:
-            self._sights[name] = Sight(machines, time.monotonic() + pause)
+            self._sights[name] = Sight(machines, time.monotonic() + pause, settled_at)
         self._control.changed.beat()
 
     def _is_fresh(self, operator: str, now: float) -> bool:
@@ -182,16 +186,17 @@ class Reconciler:
 
     async def _perform(self, action: Action, leader: LeaderInfo) -> None:
         """Do *action*; whatever becomes of it is data afterwards."""
-        machine = action.machine
+        machine, retry_after_s = action.machine, 0.0
         try:
             trouble = await self._done(action, leader)
-        except QuorumLost as error:
-            trouble = error.message
+        except SlumError as error:
+            trouble = f"{error.message}{f' ({error.hint})' if error.hint else ''}"
+            retry_after_s = _retry_after_s(error)
         finally:
             self._busy.discard(machine)
         if trouble:
             count = self._failures.get(machine, (0, 0.0))[0]
-            pause = BACKOFF_S[min(count, len(BACKOFF_S) - 1)]
+            pause = max(BACKOFF_S[min(count, len(BACKOFF_S) - 1)], retry_after_s)
             self._failures[machine] = (count + 1, time.monotonic() + pause)
             self._control.troubles[machine] = trouble
             log.get().warning("machine_action_failed", machine=machine, action=type(action).__name__, why=trouble)
@@ -202,7 +207,11 @@ class Reconciler:
         self._control.changed.beat()
 
     async def _done(self, action: Action, leader: LeaderInfo) -> str:
-        """Do *action* and return "", or why it is not done."""
+        """Do *action* and return "", or why it is not done. A refusal of the operator's is raised.
+
+        Whatever goes wrong after the intent leaves it open: even an error may be the answer to something that was done.
+        Only a ConfigError says that nothing was asked of the provider.
+        """
         if isinstance(action, Recognise):
             return await self._end(Outcome(action=action.action, ok=True, machine_id=action.machine_id), leader)
         world = self._control.world()
@@ -214,6 +223,7 @@ class Reconciler:
             return f"the operator {action.operator!r} is not known"
         is_create = isinstance(action, Create)
         deadline_s = operator.deadlines.create_s if is_create else operator.deadlines.destroy_s
+        spec = await self._spec(action, world, definition[action.operator])
         intent = Intent(
             action=secrets.token_hex(8),
             kind="create" if is_create else "destroy",
@@ -222,23 +232,39 @@ class Reconciler:
             operator=action.operator,
             incarnation=action.incarnation,
             deadline_at=time.time() + deadline_s,
-            machine_id=action.machine_id if isinstance(action, Destroy) else "",
+            machine_id=action.machine_id if isinstance(action, Destroy) else _foretold(operator, spec),
         )
         refused = await self._end(intent, leader)
         if refused:
             return refused
         try:
-            async with asyncio.timeout(deadline_s):
-                machine_id = await _call(operator, action, world.cluster.cluster_id)
+            # Not a moment longer than the ledger knows of, however long the commit took or the process was stopped.
+            async with asyncio.timeout(intent.deadline_at - time.time()):
+                await asyncio.sleep(0)
+                machine_id = await _call(operator, action, spec)
         except TimeoutError:
             return f"no answer within {deadline_s:g} s; what came of it is being looked for"
-        except SlumError as error:
-            await self._end(Outcome(action=intent.action, ok=False, error=error.message), leader)
-            return f"{error.message}{f' ({error.hint})' if error.hint else ''}"
+        except ConfigError as error:
+            if is_create:
+                await self._end(Outcome(action=intent.action, ok=False, error=error.message), leader)
+            raise
         finally:
             self._acts[action.operator] += 1
             self._sights.pop(action.operator, None)
         return await self._end(Outcome(action=intent.action, ok=True, machine_id=machine_id), leader)
+
+    async def _spec(self, action: Create | Destroy, world: World, definition: model.Operator) -> MachineSpec:
+        """Return what the operator is told of *action*'s machine; one that is made elsewhere gets a token to join with."""
+        key, tenement = key_of(action.machine, action.incarnation), world.tenement_of(action.machine)
+        joins = isinstance(action, Create) and not isinstance(definition, model.LocalOperator)
+        return MachineSpec(
+            cluster=world.cluster.cluster_id,
+            key=key,
+            machine=action.machine,
+            tenement=action.tenement,
+            join=await self._control.join_of(key) if joins else None,
+            ports=tenement.public_ports if tenement else (),
+        )
 
     async def _end(self, command: AnyCommand, leader: LeaderInfo) -> str:
         """Commit *command* and return "", or why the ledger refused it; QuorumLost when it cannot be committed."""
@@ -260,21 +286,24 @@ def known_machines(world: World) -> tuple[Known, ...]:
                 state=row.state,
                 machine_id=row.machine_id,
                 action=row.action,
-                deadline_at=row.deadline_at,
+                arrives_until=row.arrives_until,
             )
     return tuple(newest.values())
 
 
-async def _call(operator: Operator, action: Create | Destroy, cluster: str) -> str:
+async def _call(operator: Operator, action: Create | Destroy, spec: MachineSpec) -> str:
     """Call the operator and return the machine's id."""
-    if isinstance(action, Destroy):
-        if action.machine_id:
-            await operator.destroy(action.machine_id)
-        return action.machine_id
-    spec = MachineSpec(
-        cluster=cluster,
-        key=key_of(action.machine, action.incarnation),
-        machine=action.machine,
-        tenement=action.tenement,
-    )
-    return (await operator.create(spec)).id
+    if isinstance(action, Create):
+        return (await operator.create(spec)).id
+    if action.machine_id:
+        await operator.destroy(action.machine_id)
+    return action.machine_id
+
+
+def _foretold(operator: Operator, spec: MachineSpec) -> str:
+    """Return the id that the machine will have, or "" when its operator cannot know."""
+    return operator.machine_id(spec) if isinstance(operator, Foretold) else ""
+
+
+def _retry_after_s(error: Exception) -> float:
+    return (isinstance(error, OperatorError) and error.retry_after_s) or 0.0
