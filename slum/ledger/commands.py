@@ -115,6 +115,11 @@ class Member(Sparse):
     incarnation: str
     public_key: str = ""
     address: str = ""
+    """host:port where the other members find its ledger."""
+    front: str = ""
+    """host:port where agents, users and the other members' servers find its API."""
+    recipient: str = ""
+    """Its age recipient: what only this member shall read is encrypted to it."""
 
 
 class Seal(Command):

@@ -35,9 +35,12 @@ class Me(Frozen):
     """host:port to listen on."""
     address: str
     """host:port where the others find it."""
+    front: str = ""
+    recipient: str = ""
+    """As in the members list."""
 
 
-def make(folder: Path, *, id: str, listen: str, address: str) -> Member:
+def make(folder: Path, *, id: str, listen: str, address: str, front: str = "", recipient: str = "") -> Member:
     """Give *folder* an identity and return its row for the members list; Refusal when it has one."""
     if (folder / ME).exists():
         raise Refusal(f"{folder} belongs to a member already", hint=f"look into {folder / ME}")
@@ -45,7 +48,14 @@ def make(folder: Path, *, id: str, listen: str, address: str) -> Member:
     key, certificate = make_certificate(id)
     _write(folder / KEY, key)
     _write(folder / CERTIFICATE, certificate)
-    me = Me(id=id, incarnation=secrets.token_hex(8), listen=listen, address=address)
+    me = Me(
+        id=id,
+        incarnation=secrets.token_hex(8),
+        listen=listen,
+        address=address,
+        front=front,
+        recipient=recipient,
+    )
     _write(folder / ME, msgspec.json.encode(me))
     journal.sync_folder(folder)
     return row(folder, me)
@@ -63,7 +73,14 @@ def load(folder: Path) -> Me | None:
 
 def row(folder: Path, me: Me) -> Member:
     der = ssl.PEM_cert_to_DER_cert((folder / CERTIFICATE).read_text())
-    return Member(id=me.id, incarnation=me.incarnation, public_key=base64.b64encode(der).decode(), address=me.address)
+    return Member(
+        id=me.id,
+        incarnation=me.incarnation,
+        public_key=base64.b64encode(der).decode(),
+        address=me.address,
+        front=me.front,
+        recipient=me.recipient,
+    )
 
 
 def certificate_of(member: Member) -> bytes:
