@@ -54,6 +54,7 @@ _SPAWN: dict[str, tuple[Any, Any]] = {
 _OPEN_FILE = {"path": (str, ...), "fd": (int, ...)}
 _LOG = {
     "path": (str, ...),
+    "mark": (int, 0),
     "bytes_max": (int, 8 << 20),
     "keep": (int, 4),
     "rate_bytes_s": (int, 4 << 20),

@@ -31,13 +31,13 @@ MUTED_PIPE_BYTES = 1 << 20
 COMPRESSED = ("", ".zst")
 
 
-def stamp(chunk: bytes, now: float, column: int) -> tuple[bytes, int]:
-    """Return *chunk* with ``<now> `` before each line that begins in it, and the new column.
+def stamp(chunk: bytes, now: float, column: int, mark: bytes = b"") -> tuple[bytes, int]:
+    """Return *chunk* with ``<now><mark> `` before each line that begins in it, and the new column.
 
     *column* is how many bytes of the current line are already out; 0 means that a line begins here. Lines are cut at
     LINE_BYTES_MAX. Pure.
     """
-    prefix = b"%.3f " % now
+    prefix = b"%.3f%s " % (now, mark)
     lines = chunk.split(b"\n")
     if column + len(lines[0]) <= LINE_BYTES_MAX and max(map(len, lines)) <= LINE_BYTES_MAX:
         tail = lines[-1]
@@ -122,8 +122,10 @@ class LogFile:
                 older = f"{self.path}.{number}{suffix}"
                 newer = f"{self.path}.{number - 1}{suffix}" if number > 1 else self.path + suffix
                 unlink_if_there(older)
-                if os.path.lexists(newer):
+                try:
                     os.rename(newer, older)
+                except FileNotFoundError:
+                    continue  # also when a compressor has just replaced it by its .zst, which comes next
         if not self.keep:
             os.unlink(self.path)
         self.open()
@@ -139,6 +141,7 @@ class Output:
         "_fd",
         "_file",
         "_loop",
+        "_mark",
         "_muted_until",
         "_rate",
         "_refilled",
@@ -152,6 +155,7 @@ class Output:
         self.dropped_total = 0
         self._loop = loop
         self._file = LogFile(log["path"], log["bytes_max"], log["keep"])
+        self._mark = b"/%d" % log["mark"] if log["mark"] else b""
         self._rate = log["rate_bytes_s"]
         self._burst = log["burst_bytes"]
         self._tokens = float(self._burst)
@@ -204,7 +208,9 @@ class Output:
 
     def note(self, text: str) -> None:
         """Write one line of the keeper's own into the log."""
-        self._append(b"%.3f [slum] %s\n" % (time.time(), text.encode(errors="replace")), 0, break_line=True)
+        self._append(
+            stamp(b"[slum] %s\n" % text.encode(errors="replace"), time.time(), 0, self._mark)[0], 0, break_line=True
+        )
 
     def _readable(self, _mask: int) -> None:
         if time.monotonic() < self._muted_until:
@@ -243,7 +249,7 @@ class Output:
             return
         self._tokens -= cost
         column = 0 if self._dropped else self._file.column
-        text, column = stamp(chunk, time.time(), column)
+        text, column = stamp(chunk, time.time(), column, self._mark)
         if not self._append(text, column):
             self._drop(len(chunk))
 
@@ -285,7 +291,7 @@ class Output:
         if self._file.column and (self._dropped or break_line or not text):
             lead = b"\n"
         if self._dropped:
-            lead += b"%.3f [slum] dropped %d bytes\n" % (time.time(), self._dropped)
+            lead += stamp(b"[slum] dropped %d bytes\n" % self._dropped, time.time(), 0, self._mark)[0]
         if not self._file.append(lead + text, column):
             return False
         self._dropped = 0

@@ -1,7 +1,7 @@
 """The files of one log, as the keeper leaves them: which there are, opened without losing any to a rotation, and compressed.
 
 PATH is written; PATH.1 (newest) to PATH.<keep> are rotated, and any of these may have become PATH.<n>.zst. Each line is
-``<unix seconds> <text>``. The keeper renames while others read: a file is known by its inode, never by its name alone.
+``<unix seconds> <text>``, or ``<unix seconds>/<generation> <text>``. The keeper renames while others read: a file is known by its inode, never by its name alone.
 """
 
 from __future__ import annotations

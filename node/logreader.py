@@ -33,8 +33,8 @@ ROUND_BYTES = 256 << 10
 MEMORY_BYTES_MAX = 1 << 30
 SKIPPED = b"[slum] some lines were rotated away before they could be read"
 
-Line = tuple[float, str, bytes]
-"""(at, instance id, text)."""
+Line = tuple[float, str, bytes, int]
+"""(at, instance id, text, generation or 0)."""
 
 
 class Request(Frozen):
@@ -46,6 +46,7 @@ class Request(Frozen):
     tail: int | None = None
     grep: str | None = None
     follow: bool = False
+    generation: int | None = None
 
 
 class TooSlow(Exception):
@@ -55,8 +56,9 @@ class TooSlow(Exception):
 class Wanted:
     """Tells which lines are asked for, and watches over the pattern: see SEARCH_S."""
 
-    def __init__(self, since: float | None, grep: str | None) -> None:
+    def __init__(self, since: float | None, grep: str | None, generation: int | None) -> None:
         self._since = since
+        self._generation = generation
         self._steps = 1
         """Odd while the pattern works: on its own compilation first."""
         self._seen = -1
@@ -69,6 +71,8 @@ class Wanted:
 
     def __call__(self, line: Line) -> bool:
         if self._since is not None and line[0] < self._since:
+            return False
+        if self._generation is not None and line[3] != self._generation:
             return False
         if self._pattern is None:
             return True
@@ -96,6 +100,7 @@ class Log:
         self._id = id
         self._files = logfiles.open_all(folder)
         self._at = 0.0
+        self._generation = 0
         self._rest = b""
 
     def past(self, wanted: Wanted, *, follow: bool) -> Iterator[Line]:
@@ -168,19 +173,20 @@ class Log:
             yield from whole
 
     def _stamped(self, lines: Iterable[bytes]) -> Iterator[Line]:
-        """Split off the times; a line without one has that of the line before it."""
+        """Split off the times and marks; a line without a time has those of the line before it."""
         for line in lines:
             stamp, _, text = line.partition(b" ")
+            at, _, mark = stamp.partition(b"/")
             try:
-                self._at = float(stamp)
+                self._at, self._generation = float(at), int(mark or 0)
             except ValueError:
                 text = line
-            yield self._at, self._id, text
+            yield self._at, self._id, text, self._generation
 
 
 def serve(request: Request, out: int, stdin: int) -> None:
     """Write all that *request* asks for to descriptor *out*; TooSlow or re.error when its pattern is no good."""
-    wanted = Wanted(request.since, request.grep)
+    wanted = Wanted(request.since, request.grep, request.generation)
     logs = [Log(Path(request.folder) / name, name) for name in request.ids]
     if request.tail is not None:
         ends = [log.tail(wanted, request.tail, follow=request.follow) for log in logs]
@@ -212,7 +218,7 @@ def _at(line: Line) -> float:
 
 def _write(out: int, lines: Iterable[Line]) -> None:
     batch = bytearray()
-    for at, name, text in lines:
+    for at, name, text, _ in lines:
         batch += b"%s %.3f %s\n" % (name.encode(), at, text)
         if len(batch) >= ROUND_BYTES:
             _write_all(out, batch)

@@ -32,11 +32,12 @@ async def read(
     tail: int | None = None,
     grep: str | None = None,
     follow: bool = False,
+    generation: int | None = None,
 ) -> AsyncIterator[bytes]:
     """Yield whole lines of the instances *ids* of *service*, merged by time, some at once.
 
-    *since* is in unix seconds, *tail* keeps the last so many of all, *grep* is a regular expression searched in each text.
-    With *follow* it goes on until it is closed. ConfigError when the pattern is not usable. A reader who is slow makes
+    *since* is in unix seconds, *tail* keeps the last so many of all, *grep* is a regular expression searched in each text,
+    *generation* leaves out what others wrote. With *follow* it goes on until it is closed. ConfigError when the pattern is not usable. A reader who is slow makes
     the child wait.
     """
     if grep is not None and len(grep.encode()) > GREP_BYTES_MAX:
@@ -44,7 +45,13 @@ async def read(
     if tail is not None and not 0 <= tail <= TAIL_MAX:
         raise ConfigError(f"tail is not between 0 and {TAIL_MAX:,}")
     request = Request(
-        folder=str(home.logs / service), ids=tuple(sorted(ids)), since=since, tail=tail, grep=grep, follow=follow
+        folder=str(home.logs / service),
+        ids=tuple(sorted(ids)),
+        since=since,
+        tail=tail,
+        grep=grep,
+        follow=follow,
+        generation=generation,
     )
     argv, env = child_command("slum.node.logreader", msgspec.json.encode(request).decode())
     pipe = asyncio.subprocess.PIPE

@@ -47,6 +47,7 @@ def report_of(
         id=seen.key.id,
         phase=phase,
         release=want.release if want else None,
+        generation=_newest(want, seen) if want else None,
         serving=serving.number if serving else None,
         serving_release=serving.release if serving else None,
         generations=tuple(generation_report(g, seen) for g in seen.generations if g.alive),
@@ -58,6 +59,11 @@ def report_of(
         pid=shown.pid if shown else None,
         url=url,
     )
+
+
+def _newest(want: Want, seen: Observed) -> int | None:
+    lived = (*((g.release, g.number) for g in seen.generations), *((p.release, p.generation) for p in seen.past))
+    return max((number for release, number in lived if release == want.release), default=None)
 
 
 def goal_wanted(want: Want | None, preparation: Preparation) -> Goal | None:

@@ -79,6 +79,7 @@ class Streams:
                 tail=request.tail,
                 grep=request.grep,
                 follow=request.follow,
+                generation=request.generation,
             )
             async with aclosing(cast("AsyncGenerator[bytes, None]", lines)):
                 async for data in lines:

@@ -21,9 +21,13 @@ class OpenFile(Frozen):
 
 
 class Log(Frozen):
-    """Where the child's output goes: *path* and its rotated files PATH.1 (newest) .. PATH.<keep>."""
+    """Where the child's output goes: *path* and its rotated files PATH.1 (newest) .. PATH.<keep>.
+
+    *mark*, unless 0, stands in each line after its time: whose it is, when several children write to one file.
+    """
 
     path: str
+    mark: int = 0
     bytes_max: int = 8 << 20
     keep: int = 4
     rate_bytes_s: int = 4 << 20

@@ -229,6 +229,6 @@ class Explanation(Frozen):
     events: tuple[Event, ...]
     """Oldest first: of the service, its instances and its tenement; at most 50."""
     logs: tuple[LogLine, ...]
-    """The last lines of instances that are not well; at most 20."""
+    """The last lines of the generations that are not well; at most 20."""
     desired: str = ""
     """"revision 2, release ab12..., by root@laptop at ..."; empty when the service is not declared."""

@@ -81,6 +81,8 @@ class InstanceReport(Sparse):
     phase: Phase
     release: str | None = None
     """The desired release that this report is about."""
+    generation: int | None = None
+    """Number of the newest generation of that release, also when it has ended; None before there was one."""
     serving: int | None = None
     """Number of the generation that the route points to (or, without a route, that runs)."""
     serving_release: str | None = None
@@ -225,6 +227,8 @@ class LogsRequest(Sparse, tag="logs", tag_field="kind"):
     tail: int | None = None
     grep: str | None = None
     """A Python regular expression, searched in each line."""
+    generation: int | None = None
+    """Only what this generation wrote; None: all."""
 
 
 class ExecRequest(Sparse, tag="exec", tag_field="kind"):

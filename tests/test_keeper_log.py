@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -82,6 +83,17 @@ async def test_lines_of_both_streams_come_in_order_with_their_time(rig: Rig) -> 
     times = [float(line.split()[0]) for line in rig.raw_log("c").splitlines()]
     assert all(before - 0.001 <= each <= time.time() for each in times)
     assert all(len(line.split(b" ")[0].partition(b".")[2]) == 3 for line in rig.raw_log("c").splitlines())
+
+
+async def test_a_mark_stands_in_every_line_also_in_the_keepers_own(rig: Rig) -> None:
+    client = await rig.started()
+    log = rig.log("c", rate_bytes_s=100, burst_bytes=200, mark=12)
+    await client.spawn(shell(rig, "c", "echo one; sleep 0.1; seq 1000", log=log))
+    await exited(client, "c")
+    lines = rig.raw_log("c").splitlines()
+    assert len(lines) == 2
+    assert b"[slum] dropped" in lines[1]
+    assert all(re.fullmatch(rb"[0-9]+\.[0-9]{3}/12 .+", line) for line in lines)
 
 
 async def test_a_flood_is_cut_counted_and_said_and_a_neighbour_is_not_starved(rig: Rig) -> None:

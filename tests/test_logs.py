@@ -15,7 +15,7 @@ import pytest
 
 from slum.errors import ConfigError
 from slum.node import logfiles, logs
-from slum.node.keeper_log import LogFile
+from slum.node.keeper_log import LogFile, stamp
 from slum.paths import Home
 
 DEADLINE_S = 20.0
@@ -34,8 +34,9 @@ class Writer:
         self._file = LogFile(str(self.folder / "current"), bytes_max, keep)
         self.numbers = 0
 
-    def line(self, text: str, at: float) -> None:
-        assert self._file.append(b"%.3f %s\n" % (at, text.encode()), 0)
+    def line(self, text: str, at: float, mark: bytes = b"") -> None:
+        stamped, column = stamp(text.encode() + b"\n", at, 0, mark)
+        assert self._file.append(stamped, column)
 
     def count(self, lines: int) -> None:
         for _ in range(lines):
@@ -112,6 +113,18 @@ async def test_since_tail_and_grep(home: Home) -> None:
         "main line 81",
         "main line 91",
     ]
+
+
+async def test_lines_of_generations_and_one_offs_are_told_apart(home: Home) -> None:
+    writer = Writer(home)
+    for number in range(1, 4):
+        writer.line(f"failed {number}", 1000 + number, b"/2")
+        writer.line(f"serving {number}", 1000 + number, b"/1")
+        writer.line(f"one-off {number}", 1000 + number)
+    writer.close()
+    assert await texts(logs.read(home, "web", ["main"], tail=2, generation=2)) == ["main failed 2", "main failed 3"]
+    assert await texts(logs.read(home, "web", ["main"], generation=0)) == [f"main one-off {n}" for n in (1, 2, 3)]
+    assert len(await texts(logs.read(home, "web", ["main"]))) == 9
 
 
 async def test_no_log_is_no_lines(home: Home) -> None:

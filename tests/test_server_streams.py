@@ -529,6 +529,36 @@ async def test_explain_gathers_reports_events_and_last_lines(http: httpx.AsyncCl
     assert [event.number for event in found.events] == sorted(event.number for event in found.events)
 
 
+async def test_explain_asks_for_the_lines_of_the_generation_that_failed(
+    http: httpx.AsyncClient, agent: FakeAgent
+) -> None:
+    asked: list[int | None] = []
+
+    async def note(request: wire.OpenStream, socket: WebSocket) -> None:
+        assert isinstance(request.request, wire.LogsRequest)
+        asked.append(request.request.generation)
+        await socket.send(wire.encoder.encode(wire.StreamEnd(status=0)))
+
+    agent.on_stream = note
+    well = agent.instance("notes", Phase.HEALTHY, "b")
+    cases: tuple[tuple[int | None, int | None, list[int | None]], ...] = (
+        (1, 3, [3]),
+        (1, None, [0]),
+        (None, 3, [3, None]),
+    )
+    for serving, generation, expected in cases:
+        failed = agent.instance("notes", Phase.FAILED, "a", serving=serving, generation=generation)
+        await agent.report(failed, well, full=True)
+
+        async def told(failed: wire.InstanceReport = failed) -> bool:
+            return (await get(http, "explain/notes", api.Explanation)).instances[0].report == failed
+
+        await eventually(told)
+        asked.clear()
+        await get(http, "explain/notes", api.Explanation)
+        assert asked == expected
+
+
 async def test_explain_of_an_unknown_service_names_the_nearest(http: httpx.AsyncClient) -> None:
     await applied(http, a_fleet(a_service()))
     answer = await http.get("/v1/explain/note")

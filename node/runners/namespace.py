@@ -120,7 +120,7 @@ class NamespaceRunner:
             listeners=listeners,
             listen_env=False,
             open_files=(OpenFile(path=wall.filter_file, fd=filter_fd),),
-            log=Log(path=str(instance.log)),
+            log=Log(path=str(instance.log), mark=instance.generation),
             signalling=Signalling(
                 term_depth=TERM_DEPTH,
                 kill_depth=KILL_DEPTH,

@@ -74,7 +74,7 @@ class ProcessRunner:
             rlimits=rlimits(),
             cgroup_procs=cgroup.procs_files if cgroup else (),
             listeners=(instance.listener,) if instance.listener else (),
-            log=Log(path=str(instance.log)),
+            log=Log(path=str(instance.log), mark=instance.generation),
             signalling=Signalling(
                 kill_file=cgroup.kill_file if cgroup else None, procs_files=cgroup.procs_files if cgroup else ()
             ),

@@ -53,10 +53,18 @@ def explain_lines(told: api.Explanation, now: float, paint: Paint) -> list[str]:
             lines.append(f"  last health answer: {clean(view.report.health)}")
     if told.logs:
         several = len({(line.tenement, line.id) for line in told.logs}) > 1
-        lines.append("  last log lines:")
+        lines.append(f"  last log lines{_whose(told)}:")
         lines += [f"    {f'{line.id}: ' if several else ''}{clean(line.text)}".rstrip() for line in told.logs]
     lines.append(f"  next: {next_step(told)}")
     return lines
+
+
+def _whose(told: api.Explanation) -> str:
+    """Say which generation wrote the lines where another one serves."""
+    report = told.instances[0].report if len(told.instances) == 1 else None
+    if report is None or report.generation is None or report.serving in (None, report.generation):
+        return ""
+    return f" of generation {report.generation}"
 
 
 def headline(view: api.InstanceView, now: float, paint: Paint) -> str:
@@ -65,7 +73,7 @@ def headline(view: api.InstanceView, now: float, paint: Paint) -> str:
     name = f"{paint(_name(view), 'strong')} on {view.tenement}"
     phase = paint(report.phase, PHASE_STYLE.get(report.phase, ""))
     detail = clean(report.detail)
-    newest = max((generation.number for generation in report.generations), default=0)
+    newest = report.generation or max((generation.number for generation in report.generations), default=0)
     since = f" for {seconds(now - report.since)}" if report.since else ""
     if report.serving is not None and report.phase in SERVING:
         pid = f" (pid {report.pid})" if report.pid else ""

@@ -28,7 +28,7 @@ async def explain(control: Control, service: str) -> api.Explanation:
     unwell = [view for view in views if view.report.phase not in WELL and view.stale_s is None]
     async with asyncio.TaskGroup() as group:
         tasks = [
-            group.create_task(last_lines(control, v.tenement, service, v.report.id), name=f"explain {v.tenement}")
+            group.create_task(last_lines(control, v.tenement, v.report), name=f"explain {v.tenement}")
             for v in unwell[:4]
         ]
     lines = sorted((line for task in tasks for line in task.result()), key=lambda line: line.at)

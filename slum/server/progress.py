@@ -12,6 +12,7 @@ from msgspec.structs import replace
 
 from slum import api, log, wire
 from slum.errors import SlumError
+from slum.server.agents import instances_of
 from slum.server.control import Control
 from slum.server.problems import Missing
 from slum.server.settled import done, releases_of, steps
@@ -69,12 +70,29 @@ async def _with_logs(control: Control, step: api.Progress) -> api.Progress:
     if step.ok or step.what != "instance":
         return step
     machine, service, instance = step.name.split("/")
-    return replace(step, logs=tuple(line.text for line in await last_lines(control, machine, service, instance)))
+    report = instances_of(control.hub.seen, machine).get((service, instance))
+    if report is None:
+        return step
+    return replace(step, logs=tuple(line.text for line in await last_lines(control, machine, report)))
 
 
-async def last_lines(control: Control, machine: str, service: str, instance: str) -> tuple[api.LogLine, ...]:
-    """Return an instance's last log lines, or none when its agent does not give them in time."""
-    request = wire.LogsRequest(service=service, id=instance, tail=LOG_LINES)
+async def last_lines(control: Control, machine: str, report: wire.InstanceReport) -> tuple[api.LogLine, ...]:
+    """Return the last log lines of the newest generation of what *report* is about, however much an older one goes on.
+
+    All of the instance's when that one wrote nothing and no other serves; none when its agent does not give them in time.
+    """
+    if report.serving not in (None, report.generation):
+        # What no generation wrote is a one-off's, like a pre_deploy that failed before there was one.
+        return await _tail(control, machine, report, report.generation or 0)
+    own = await _tail(control, machine, report, report.generation)
+    return own or await _tail(control, machine, report, None)
+
+
+async def _tail(
+    control: Control, machine: str, report: wire.InstanceReport, generation: int | None
+) -> tuple[api.LogLine, ...]:
+    service = report.service
+    request = wire.LogsRequest(service=service, id=report.id, tail=LOG_LINES, generation=generation)
     lines: list[api.LogLine] = []
     try:
         async with asyncio.timeout(LOG_S):
