@@ -10,12 +10,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
-from ledger_cluster import Cluster, Writer, free_port, until
+from ledger_cluster import Cluster, Node, Writer, free_port, until
 from ledger_support import Process, note, proposal
 
 from slum.errors import ConfigError, QuorumLost
 from slum.ledger import identity
-from slum.ledger.client import change_members, connect
+from slum.ledger.client import change_members, connect, status
 from slum.ledger.commands import Done
 from slum.ledger.joiner import Join, prepare
 from slum.ledger.reader import Reader
@@ -226,3 +226,37 @@ async def test_one_of_several_is_not_recovered_alone(seed: int) -> None:
     with Cluster() as cluster:
         with pytest.raises(Refusal, match="one of 3 members"):
             recover(cluster.nodes[0].home.state, actor="root@test", now=1.0)
+
+
+async def test_status_tells_who_is_there_and_how_far(seed: int) -> None:
+    with Cluster() as cluster:
+        cluster.start()
+        await cluster.agreed()
+        leader = await cluster.leader()
+        async with connect(leader.home.ledger_socket) as ledger:
+            await ledger.propose(proposal(note()), deadline_s=10)
+        await cluster.agreed()
+        for node in cluster.nodes:
+            found = await status(node.home.ledger_socket)
+            assert (found.member, found.leader, found.majority) == (node.name, leader.name, True)
+            assert [member.id for member in found.members] == ["m1", "m2", "m3"]
+            roles = {member.id: member.role for member in found.members}
+            assert roles == {one.name: "leader" if one is leader else "follower" for one in cluster.nodes}
+            assert all(member.protocol == 1 and member.contact_s is not None for member in found.members)
+            assert found.alarms == ()
+        told = await status(leader.home.ledger_socket)
+        assert (told.age_s, {member.lag for member in told.members}) == (0.0, {0})
+        down, *rest = [node for node in cluster.nodes if node is not leader]
+        cluster.kill(down)
+
+        async def told_of(node: Node) -> str:
+            return next(one.role for one in (await status(node.home.ledger_socket)).members if one.id == down.name)
+
+        end = time.monotonic() + 10
+        while await told_of(rest[0]) != "down":
+            assert time.monotonic() < end
+        cluster.kill(leader)
+        while (alone := await status(rest[0].home.ledger_socket)).leader is not None or alone.majority:
+            assert time.monotonic() < end
+        assert alone.age_s > 0
+        assert [alarm.kind for alarm in alone.alarms] == ["no_leader"]

@@ -18,6 +18,7 @@ import msgspec
 from slum.errors import InvariantError, QuorumLost, Unreachable
 from slum.ledger import rpc
 from slum.ledger.commands import LeaderInfo, Ledger, Member, Proposal, Rejected, Result, size_problem
+from slum.ledger.status import LedgerStatus
 
 DIAL_S = 2.0
 SPARE_S = 2.0
@@ -56,6 +57,15 @@ async def change_members(
         client.close()
 
 
+async def status(path: Path, *, deadline_s: float = DIAL_S) -> LedgerStatus:
+    """Return how the ledger stands as the member that listens at *path* knows it; raise Unreachable when none does."""
+    client = _Client(path)
+    try:
+        return await client.status(deadline_s=deadline_s)
+    finally:
+        client.close()
+
+
 class _Client:
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -85,6 +95,9 @@ class _Client:
 
     async def members(self) -> tuple[Member, ...]:
         return _given((await self._call(rpc.AskMembers(), DIAL_S)).members)
+
+    async def status(self, *, deadline_s: float = DIAL_S) -> LedgerStatus:
+        return _given((await self._call(rpc.AskStatus(), deadline_s)).status)
 
     async def change(self, operation: rpc.AskChange, deadline_s: float) -> tuple[Member, ...]:
         return _given((await self._call(operation, deadline_s)).members)

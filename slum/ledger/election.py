@@ -48,6 +48,10 @@ class Election:
     def hears_leader(self, now: float) -> bool:
         return now - self._heard_at < self._min_s
 
+    def silence_s(self, now: float) -> float:
+        """Return how long ago a leader was heard, or this member led."""
+        return now - self._heard_at
+
     def tick(self, now: float, *, leads: bool, term: int, last: tuple[int, int]) -> AskPreVote | None:
         """Return the question to all peers when it is time to ask; *last* is (term, index) of the last entry."""
         if leads:

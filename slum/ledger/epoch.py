@@ -91,6 +91,10 @@ class Epoch:
             self.election.must_stand = False
         self.group.tick(stand=stand)
 
+    def lag_of(self, peer: str) -> int | None:
+        """Return how many entries of this epoch *peer* has not acknowledged to us, its leader; None for a learner."""
+        return len(self.journal) - self.group.acknowledged(peer) if peer in self.rows else None
+
     def lacks_a_peer(self, up: Iterable[str]) -> bool:
         """Tell whether we lead and one of those that are *up* almost has all of the log."""
         if not self.group.leads or self.wire is None:

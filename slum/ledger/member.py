@@ -14,7 +14,6 @@ takes proposals from any).
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -34,6 +33,8 @@ from slum.ledger.proposer import Proposer
 from slum.ledger.relay import Relays
 from slum.ledger.schema import EpochRow, Position
 from slum.ledger.state import Applied, State
+from slum.ledger.status import LedgerStatus, Sight, report
+from slum.ledger.watch import Watch
 from slum.ledger.world import Config, World
 
 TICK_S = 0.02
@@ -71,6 +72,7 @@ class Member:
         folder.remove_old_journals(home, state.epochs(2))
         self._peers = Peers(self._net, self, clock=world.clock, now=world.now, note=note)
         self._catch_up = CatchUp(home, self, post=self._net.send, clock=world.clock, apart=world.apart, note=note)
+        self._watch = Watch(self._me.id, self._peers, guard, clock=world.clock, note=note)
         self._epoch = self._made(opened_journal, skip)
         self._offers = Offers(
             self,
@@ -136,6 +138,25 @@ class Member:
             seq=at.seq,
         )
 
+    def status(self) -> LedgerStatus:
+        """Return how the ledger stands as this member knows it. By the ledger's thread only."""
+        epoch, now = self._epoch, self._world.clock()
+        known = self._known()
+        leader = self.leader().member
+        mine = Sight(up=True, epoch=self.position.epoch, seq=self.position.seq, heard_at=now, protocol=PROTOCOL)
+        return report(
+            self._me,
+            self.position,
+            sights={self._me.id: mine, **{name: self._peers.sight(name) for name in known}},
+            learners=[row for name, row in known.items() if name not in epoch.rows],
+            leader=leader,
+            lags={name: epoch.lag_of(name) for name in self._peers.up} if leader == self._me.id else {},
+            now=now,
+            age_s=0.0 if leader == self._me.id else epoch.election.silence_s(now),
+            queued=self.proposer.queued,
+            alarms=self._watch.alarms(leader),
+        )
+
     # --- the loop ----------------------------------------------------------------------------------------------------
 
     def step(self, wait_s: float) -> None:
@@ -143,8 +164,7 @@ class Member:
 
         Raises OSError or SlumError when the disk fails or an entry cannot be applied: the member is then dead.
         """
-        for event in self._guard.check(time.monotonic()):
-            self._note(event, free_bytes=self._guard.free_bytes)
+        self._watch.look()
         self._relays.tell()
         if self._offers.settled():
             self._note("no_longer_a_member", member=self._me.id)

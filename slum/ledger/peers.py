@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from slum.ledger.beginning import Note
+from slum.ledger.clocks import Offset
 from slum.ledger.commands import Member
 from slum.ledger.judge import Refuse, judge
 from slum.ledger.net import Down, Event, Got, Net, Up
@@ -36,10 +37,10 @@ from slum.ledger.peerwire import (
     WantCopy,
     WantTail,
 )
+from slum.ledger.status import Sight
 from slum.ledger.transport import Wire
 
 PING_S = 0.3
-CLOCK_OFF_S = 5.0
 _OF_EPOCH = (Append, NextIndex, AskVote, Vote, AskPreVote, PreVote, HigherTerm)
 
 
@@ -59,8 +60,10 @@ class Desk(Protocol):
 class _Peer:
     place: Place
     seq: int
+    protocol: int
+    heard_at: float
     stash: list[OfEpoch] = field(default_factory=list)
-    clock_off_s: float = 0.0
+    clock: Offset = field(default_factory=Offset)
 
 
 class Peers:
@@ -80,6 +83,8 @@ class Peers:
         self._place: Place = (0, 0)
         self._next_ping = 0.0
         self._refused: dict[str, str] = {}
+        self._heard: dict[str, float] = {}
+        """When those that are gone were last heard."""
 
     def begin(
         self,
@@ -120,6 +125,27 @@ class Peers:
         found = self._peers.get(peer)
         return found.place if found else None
 
+    def sight(self, peer: str) -> Sight:
+        """Return all that is known of *peer*."""
+        found = self._peers.get(peer)
+        refused = self._refused.get(peer, "")
+        if found is None:
+            return Sight(heard_at=self._heard.get(peer), refused=refused)
+        return Sight(
+            up=True,
+            epoch=found.place[1],
+            seq=found.seq,
+            heard_at=found.heard_at,
+            clock_off_s=found.clock.seconds,
+            protocol=found.protocol,
+        )
+
+    @property
+    def offsets(self) -> dict[str, float]:
+        """How far the clocks of those that are connected are from ours, in seconds, where that is known."""
+        known = ((name, peer.clock.seconds) for name, peer in self._peers.items())
+        return {name: off for name, off in known if off is not None}
+
     def tick(self, seq: int) -> None:
         """Ping everyone when it is time."""
         now = self._clock()
@@ -133,11 +159,15 @@ class Peers:
             case Up():
                 self._up(event)
             case Down():
-                if self._peers.pop(event.peer, None) is not None and self._wire is not None:
-                    self._wire.down(event.peer)
+                gone = self._peers.pop(event.peer, None)
+                if gone is not None:
+                    self._heard[event.peer] = gone.heard_at
+                    if self._wire is not None:
+                        self._wire.down(event.peer)
             case Got():
                 peer = self._peers.get(event.peer)
                 if peer is not None:
+                    peer.heard_at = self._clock()
                     self._got(event.peer, peer, event.message)
 
     def _up(self, event: Up) -> None:
@@ -159,14 +189,14 @@ class Peers:
             self._net.drop(name, verdict.why)
             return
         self._refused.pop(name, None)
-        self._peers[name] = _Peer(place=theirs.place, seq=theirs.seq)
+        self._peers[name] = _Peer(place=theirs.place, seq=theirs.seq, protocol=theirs.protocol, heard_at=self._clock())
         self._look(name, self._peers[name])
 
     def _got(self, name: str, peer: _Peer, message: Message) -> None:
         match message:
             case Ping():
                 peer.place, peer.seq = max(peer.place, message.place), message.seq
-                self._watch_clock(name, peer, message.at)
+                peer.clock.say(peer.heard_at, message.at - self._now())
                 self._look(name, peer)
             case WantTail() | Tail() | WantCopy() | Part():
                 self._desk.on_catch_up(name, message)
@@ -194,9 +224,3 @@ class Peers:
             self._desk.on_behind(name)
         elif peer.place == self._place and self._wire is not None:
             self._wire.up(name)
-
-    def _watch_clock(self, name: str, peer: _Peer, at: float) -> None:
-        off = at - self._now()
-        if abs(off) > CLOCK_OFF_S >= abs(peer.clock_off_s):
-            self._note("clocks_differ", peer=name, seconds=round(off, 1))
-        peer.clock_off_s = off

@@ -39,6 +39,7 @@ WARNINGS = frozenset(
         "torn_frame_was_cut",
         "peer_was_refused",
         "clocks_differ",
+        "clock_wrong",
     }
 )
 JOIN_WAIT_S = 0.1

@@ -13,6 +13,7 @@ import msgspec
 from slum.errors import BY_CODE, SlumError
 from slum.frozen import Sparse
 from slum.ledger.commands import ENTRY_BYTES_MAX, LeaderInfo, Member, Proposal, Result
+from slum.ledger.status import LedgerStatus
 
 FRAME_BYTES_MAX = ENTRY_BYTES_MAX + (64 << 10)
 CALLS_MAX = 1024
@@ -50,7 +51,11 @@ class AskChange(Sparse, tag="change", tag_field="op"):
     remove: str | None = None
 
 
-Operation = Propose | TakeBarrier | WaitFor | AskLeader | AskMembers | AskChange
+class AskStatus(Sparse, tag="status", tag_field="op"):
+    pass
+
+
+Operation = Propose | TakeBarrier | WaitFor | AskLeader | AskMembers | AskChange | AskStatus
 
 
 class Call(Sparse):
@@ -74,6 +79,7 @@ class Reply(Sparse):
     seq: int | None = None
     leader: LeaderInfo | None = None
     members: tuple[Member, ...] | None = None
+    status: LedgerStatus | None = None
     failure: Failure | None = None
 
 

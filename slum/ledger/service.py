@@ -13,6 +13,7 @@ import secrets
 import socket
 import struct
 import threading
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 
@@ -23,6 +24,7 @@ from slum.ledger.commands import Barrier, LeaderInfo, Proposal, Result, new_requ
 from slum.ledger.commands import Member as MemberRow
 from slum.ledger.member import Member
 from slum.ledger.proposer import Answer, Take
+from slum.ledger.status import LedgerStatus
 
 IDLE_S = 0.5
 """How long the thread waits when nothing is to be done; a proposal ends the wait."""
@@ -43,6 +45,8 @@ class Service:
         self._members = member.position.members
         self._waiters: dict[object, tuple[int, Callable[[int], None]]] = {}
         self._connections: set[Connection] = set()
+        self._curious: deque[Callable[[LedgerStatus], None]] = deque()
+        """Who wants the status; filled by the event loop, emptied by the ledger's thread."""
         self.ended: asyncio.Future[None] = self._loop.create_future()
         """Done when the thread has ended: after stop(), or with the error that ended it."""
         self._thread = threading.Thread(target=self._run, name="ledger")
@@ -89,6 +93,11 @@ class Service:
         """Change the members; *take* hears the outcome on the event loop. Raises Conflict while another change runs."""
         self._member.change(change, lambda outcome: self._hand_over(take, outcome))
 
+    def status(self, take: Callable[[LedgerStatus], None]) -> None:
+        """Give *take* the status, on the event loop, as soon as the ledger's thread has made it."""
+        self._curious.append(take)
+        self._member.wake.set()
+
     def _hand_over(
         self, take: Callable[[tuple[MemberRow, ...] | SlumError], None], outcome: tuple[MemberRow, ...] | SlumError
     ) -> None:
@@ -122,6 +131,10 @@ class Service:
         self._loop.call_soon_threadsafe(self._end, failure)
 
     def _publish(self) -> None:
+        if self._curious:
+            status = self._member.status()
+            while self._curious:
+                self._loop.call_soon_threadsafe(self._curious.popleft(), status)
         answers, info = self._member.proposer.release(), self._member.leader()
         if answers or info != self._info:
             self._loop.call_soon_threadsafe(self._published, answers, info, self._member.position.members)
@@ -194,6 +207,8 @@ class Connection(asyncio.Protocol):
                 self._reply(rpc.Reply(id=number, leader=service.info))
             case rpc.AskChange(add=add, remove=remove):
                 self._change(Change(add=add, remove=remove), partial(self._answer_change, number))
+            case rpc.AskStatus():
+                service.status(lambda status: self._reply(rpc.Reply(id=number, status=status)))
             case rpc.AskMembers():
                 self._reply(rpc.Reply(id=number, members=service.members))
 

@@ -1,0 +1,75 @@
+"""What a member keeps an eye on beside the log: its disk and the clocks, and which alarms it raises.
+
+Looks, notes what changed in the log, and keeps what status() shows as alarms. Acts on nothing but the ballast file.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from slum.ledger import clocks, disk
+from slum.ledger.beginning import Note
+from slum.ledger.peers import Peers
+from slum.ledger.status import Alarm
+
+CLOCKS_PERIOD_S = 0.3
+CLOCK_HINT = "set it right (chrony or systemd-timesyncd keep it so); nothing was harmed"
+
+
+class Watch:
+    def __init__(self, me: str, peers: Peers, guard: disk.Guard, *, clock: Callable[[], float], note: Note) -> None:
+        self._me = me
+        self._peers = peers
+        self._guard = guard
+        self._clock = clock
+        self._note = note
+        self._next_clocks = 0.0
+        self._wrong: dict[str, float] = {}
+        self._differ: dict[str, float] = {}
+
+    @property
+    def wrong_clocks(self) -> dict[str, float]:
+        """Whose clock is far from the median of all, and by how many seconds."""
+        return self._wrong
+
+    @property
+    def own_clock_is_wrong(self) -> bool:
+        return self._me in self._wrong
+
+    def look(self) -> None:
+        """Look at what is due."""
+        for event in self._guard.check(time.monotonic()):
+            self._note(event, free_bytes=self._guard.free_bytes)
+        now = self._clock()
+        if now >= self._next_clocks:
+            self._next_clocks = now + CLOCKS_PERIOD_S
+            self._look_at_clocks()
+
+    def _look_at_clocks(self) -> None:
+        offsets = self._peers.offsets
+        was = {**self._wrong, **self._differ}
+        self._wrong, self._differ = clocks.wrong(offsets, self._me), clocks.differ(offsets, self._me)
+        for event, found in (("clock_wrong", self._wrong), ("clocks_differ", self._differ)):
+            for name, off_s in found.items():
+                if name not in was:
+                    self._note(event, member=name, seconds=round(off_s, 1))
+
+    def alarms(self, leader: str | None) -> tuple[Alarm, ...]:
+        """Return what is wrong with this member, or as it sees it; *leader* is who leads."""
+        found = []
+        if leader is None:
+            why = "nobody leads, as far as this member knows: nothing can be changed"
+            found.append(Alarm(kind="no_leader", member=self._me, why=why, hint="bring a majority of the members back"))
+        if self._guard.low:
+            why = f"{self._guard.free_bytes >> 20} MiB are free on its disk: only removals are taken"
+            found.append(
+                Alarm(kind="disk_low", member=self._me, why=why, hint=f"free space under {self._guard.folder}")
+            )
+        for name, off_s in self._wrong.items():
+            why = f"its clock is {abs(off_s):.0f} s {'ahead of' if off_s > 0 else 'behind'} the others'"
+            found.append(Alarm(kind="clock_wrong", member=name, why=why, hint=CLOCK_HINT))
+        for name, off_s in self._differ.items():
+            why = f"its clock and ours are {abs(off_s):.0f} s apart"
+            found.append(Alarm(kind="clocks_differ", member=name, why=why, hint=CLOCK_HINT))
+        return tuple(found)
