@@ -348,13 +348,16 @@ def _name(request: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a keeper as *arguments* say; with --detach 0 as soon as one answers, also when it ran already."""
+    """Run a keeper as *arguments* say; with --detach 0 as soon as one answers, also when it ran already.
+
+    With --wait it takes over from the keeper that runs, once that has ended: for an init, which would try again for ever.
+    """
     try:
         options = Options(arguments)
         places = Places(options.data, options.run)
         state = _inherited_state(options.state)
         prepare(places)
-        lock_fd = state["lock"] if state else lock(places.lock)
+        lock_fd = state["lock"] if state else lock(places.lock, wait=options.wait)
     except AlreadyRuns as error:
         sys.stderr.write(f"keeper: {error}\n")
         return 0 if options.detach else 1

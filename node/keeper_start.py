@@ -17,7 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-USAGE = "usage: python -m slum.node.keeper --data-dir DIR --run-dir DIR [--detach]"
+USAGE = "usage: python -m slum.node.keeper --data-dir DIR --run-dir DIR [--detach | --wait]"
 
 
 class AlreadyRuns(Exception):
@@ -27,17 +27,19 @@ class AlreadyRuns(Exception):
 class Options:
     """The command line. *state* is the number of a descriptor that a keeper left for its own successor."""
 
-    __slots__ = ("data", "detach", "run", "state")
+    __slots__ = ("data", "detach", "run", "state", "wait")
 
     def __init__(self, arguments: Sequence[str]) -> None:
         """Read *arguments*; ValueError with the usage when they are not understood."""
         values = {"--data-dir": "", "--run-dir": "", "--state": "-1"}
-        self.detach = False
+        self.detach = self.wait = False
         rest = list(arguments)
         while rest:
             word = rest.pop(0)
             if word == "--detach":
                 self.detach = True
+            elif word == "--wait":
+                self.wait = True
             elif word in values and rest:
                 values[word] = rest.pop(0)
             else:
@@ -88,11 +90,11 @@ def prepare(places: Places) -> None:
                 raise PermissionError(f"{path} is open to others (mode {found.st_mode & 0o777:o})") from None
 
 
-def lock(path: str) -> int:
-    """Return a descriptor that holds the one keeper's lock; AlreadyRuns when another has it."""
+def lock(path: str, *, wait: bool = False) -> int:
+    """Return a descriptor that holds the one keeper's lock; AlreadyRuns when another has it, or *wait* until none has."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         pid = os.read(fd, 20).decode() or "unknown"
         os.close(fd)
