@@ -20,6 +20,9 @@ BODY_BYTES_MAX = 4096
 WORD_CHARS_MAX = 200
 WHY_CHARS_MAX = 2000
 KIND = re.compile(r"[a-z][a-z0-9_]{0,63}")
+RECONCILE = "cluster:reconcile"
+PAUSED, RESUMED = "reconcile_paused", "reconcile_resumed"
+"""Kinds about RECONCILE: the newer of the two says whether machines and services are left as they are."""
 
 Columns = tuple[int, int, float, str, str, str, str, str | None, str | None]
 """(number, seq, at, actor, kind, subject, why, before, after): what an event's hash covers."""

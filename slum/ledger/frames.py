@@ -133,18 +133,35 @@ def entry_command_at(record_at: int) -> int:
 
 def scan(view: memoryview, salt: bytes, name: str, take: Callable[[Record], None]) -> Scan:
     """Give all records in *view* (a whole file) to *take*, in order; raise Damaged for a bad frame that is not torn."""
-    frames, at = 0, HEAD_BYTES
+    frames, at = whole(view, HEAD_BYTES, 0, salt, name, take)
+    _require_last(view, at, frames + 1, salt, name)
+    return Scan(frames, at, torn=not _zeros(view, at, len(view)))
+
+
+def whole(
+    view: memoryview, at: int, frames: int, salt: bytes, name: str, take: Callable[[Record], None]
+) -> tuple[int, int]:
+    """Give the records of all whole frames from *at* on, which *frames* precede, to *take*; return (frames, end) then.
+
+    *view* may be a part of the file that begins at a sector. Raise Damaged for a frame that is neither whole nor torn.
+    """
     while True:
         length = _whole_frame(view, at, frames + 1, salt, name)
         if length is None:
-            break
+            return frames, at
         body = body_at(at)
         for record in _records(view, body, body + length, name):
             take(record)
         frames += 1
         at = body + length + 1
-    _require_last(view, at, frames + 1, salt, name)
-    return Scan(frames, at, torn=not _zeros(view, at, len(view)))
+
+
+def is_longer(view: memoryview, at: int) -> bool:
+    """Tell whether the frame that begins at *at* ends behind *view*."""
+    header = bytes(view[at : body_at(at)])
+    if len(header) < _FRAME.size:
+        return True
+    return header[-1] == _MARK and body_at(at) + _FRAME.unpack(header)[2] + 1 > len(view)
 
 
 def _whole_frame(view: memoryview, at: int, number: int, salt: bytes, name: str) -> int | None:

@@ -187,9 +187,15 @@ def last_epochs(db: sqlite3.Connection, count: int) -> tuple[EpochRow, ...]:
 
 
 def row_hash(db: sqlite3.Connection) -> str:
-    """Return one hash over every row of every table but SQLite's own, in primary key order; equal on all members."""
+    """Return one hash over every row of every table, in primary key order; equal on all members.
+
+    SQLite's own tables are left out, and those that begin with "_": a backup keeps things of its own in its copy.
+    """
     digest = hashlib.sha256()
-    names = db.execute("SELECT name FROM sqlite_schema WHERE type = 'table' AND name NOT LIKE 'sqlite!_%' ESCAPE '!'")
+    names = db.execute(
+        "SELECT name FROM sqlite_schema WHERE type = 'table' AND name NOT LIKE 'sqlite!_%' ESCAPE '!'"
+        " AND name NOT LIKE '!_%' ESCAPE '!'"
+    )
     for name in sorted(row[0] for row in names.fetchall()):
         keys = [r[1] for r in sorted(db.execute(f"PRAGMA table_info({name})"), key=lambda r: r[5]) if r[5]]
         digest.update(f"{name}\n".encode())

@@ -24,11 +24,12 @@ from slum.ledger.commands import (
     Barrier,
     Entry,
     LeaderStarted,
+    Member,
     Proposal,
     Result,
     Seal,
 )
-from slum.ledger.events import EventWriter, first_bad
+from slum.ledger.events import PAUSED, RECONCILE, EventWriter, first_bad
 from slum.ledger.perform import StateFailed, perform, seal, start_leader
 from slum.ledger.refusal import RESTORE, Damaged, Refusal
 from slum.ledger.results import ResultBook, parse_request_id
@@ -126,13 +127,7 @@ class State:
 
     def apply(self, data: bytes, before_commit: Callable[[Applied], None] | None = None) -> Applied:
         """Apply one entry and commit. *before_commit* runs inside the transaction, when all is known but not durable."""
-        try:
-            entry = _decode_entry(data)
-        except msgspec.MsgspecError as error:
-            raise StateFailed(
-                f"entry {self.position.seq + 1} cannot be read: {error}",
-                hint=f"it is of a newer protocol than {PROTOCOL}; install the version of slum that the other members run",
-            ) from error
+        entry = _entry(data, self.position.seq + 1)
         db = self._db
         try:
             db.execute("BEGIN IMMEDIATE")
@@ -149,6 +144,10 @@ class State:
         return applied
 
     def check_events(self) -> None:
+    def apply_within(self, data: bytes) -> Applied:
+        """Apply one entry inside the transaction of the caller, who sets *position* when it is committed."""
+        return self._apply(_entry(data, self.position.seq + 1), data)
+
         """Check every event's hash; raise Damaged. Takes 1.5 s for a million."""
         position = self.position
         _, why = first_bad(self._db, position.cluster_id, position.events, position.events_hash)
@@ -156,9 +155,20 @@ class State:
             raise Damaged(f"{self._path}: {why}", hint=RESTORE)
 
     def begin_generation(
-        self, generation: int, lineage: str, *, actor: str, at: float, make: Callable[[EpochRow], None]
+        self,
+        generation: int,
+        lineage: str,
+        *,
+        actor: str,
+        at: float,
+        make: Callable[[EpochRow], None],
+        members: tuple[Member, ...] | None = None,
+        paused: str = "",
     ) -> Position:
-        """Leave the old log behind and begin epoch 1 of *generation*; *make* makes its journal inside the transaction."""
+        """Leave the old log behind and begin epoch 1 of *generation*; *make* makes its journal inside the transaction.
+
+        With *members* these are its members from now on. *paused* is why nothing shall be done to machines for now.
+        """
         was = self.position
         self._db.execute("BEGIN IMMEDIATE")
         events = EventWriter(self._db, number=was.events, head=was.events_hash, seq=was.seq, at=at)
@@ -170,6 +180,8 @@ class State:
             after={"generation": generation, "epoch": 1},
         )
         chain = hashlib.sha256(f"{was.chain}/{generation}/{lineage}".encode()).hexdigest()
+        if paused:
+            events.add(PAUSED, RECONCILE, actor=actor, why=paused)
         position = msgspec.structs.replace(
             was,
             generation=generation,
@@ -179,6 +191,7 @@ class State:
             applied=0,
             chain=chain,
             events=events.number,
+            members=was.members if members is None else members,
             events_hash=events.head,
         )
         epoch = schema.new_epoch(position, 1)
@@ -312,6 +325,16 @@ def bootstrap(path: Path, position: Position, *, actor: str, at: float) -> None:
 
 
 def is_stale(entry: Entry, position: Position) -> bool:
+def _entry(data: bytes, seq: int) -> Entry:
+    try:
+        return _decode_entry(data)
+    except msgspec.MsgspecError as error:
+        raise StateFailed(
+            f"entry {seq} cannot be read: {error}",
+            hint=f"it is of a newer protocol than {PROTOCOL}; install the version of slum that the other members run",
+        ) from error
+
+
     """Tell whether *entry*'s header is not the one that may write now.
 
     The current leader's header equals the position's; a new leader's first entry, LeaderStarted, comes with a higher term.
