@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -102,6 +103,7 @@ def hello(identity: Identity, stamp: Stamp, levels: Mapping[Level, Available | U
         memory_bytes=_meminfo("MemTotal"),
         levels=tuple(_level_status(level, state) for level, state in levels.items()),
         limits=limits.how,
+        dialled_at=time.time(),
     )
 
 

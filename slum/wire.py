@@ -132,6 +132,8 @@ class Hello(Message):
     levels: tuple[LevelStatus, ...] = ()
     limits: str = ""
     """"cgroup v1", "cgroup v2", or "" when none works."""
+    dialled_at: float = 0.0
+    """When, by the agent's clock: of two connections of one machine the later one counts."""
 
 
 class Report(Message):

@@ -35,12 +35,12 @@ class Me(Frozen):
     """host:port to listen on."""
     address: str
     """host:port where the others find it."""
-    front: str = ""
+    api: str = ""
     recipient: str = ""
     """As in the members list."""
 
 
-def make(folder: Path, *, id: str, listen: str, address: str, front: str = "", recipient: str = "") -> Member:
+def make(folder: Path, *, id: str, listen: str, address: str, api: str = "", recipient: str = "") -> Member:
     """Give *folder* an identity and return its row for the members list; Refusal when it has one."""
     if (folder / ME).exists():
         raise Refusal(f"{folder} belongs to a member already", hint=f"look into {folder / ME}")
@@ -53,7 +53,7 @@ def make(folder: Path, *, id: str, listen: str, address: str, front: str = "", r
         incarnation=secrets.token_hex(8),
         listen=listen,
         address=address,
-        front=front,
+        api=api,
         recipient=recipient,
     )
     _write(folder / ME, msgspec.json.encode(me))
@@ -78,7 +78,7 @@ def row(folder: Path, me: Me) -> Member:
         incarnation=me.incarnation,
         public_key=base64.b64encode(der).decode(),
         address=me.address,
-        front=me.front,
+        api=me.api,
         recipient=me.recipient,
     )
 

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -23,6 +24,9 @@ from slum.server.desired import advance
 from slum.server.notes import Notes
 from slum.server.pulse import Pulse
 from slum.server.view import World
+
+if TYPE_CHECKING:
+    from slum.server.elsewhere import Away
 
 HELLO_S = 10.0
 ADMIT_S = 10.0
@@ -42,7 +46,8 @@ class Seen:
     """The newest that is known of a machine from its agent; kept when the agent goes away."""
 
     hello: wire.Hello
-    session: Session | None
+    session: Session | Away | None
+    """Here, or at the member that the agent dialled."""
     contact: float
     """Monotonic, of the last message."""
     instances: dict[tuple[str, str], wire.InstanceReport] = field(default_factory=dict)
@@ -52,6 +57,8 @@ class Seen:
     """Of the config that the agent said it acts on."""
     stamp_at: float = 0.0
     """When that was first heard, in unix seconds."""
+    as_of: Stamp = NONE
+    """How far the ledger was where the agent dialled, when its config of then was what it acts on; NONE for one here."""
     refused: str = ""
     load: float = 0.0
     memory_available_bytes: int = 0
@@ -62,16 +69,35 @@ class Seen:
     def is_connected(self, now: float) -> bool:
         return self.session is not None and now - self.contact < UNKNOWN_S
 
+    def acts_on(self, desired: wire.Desired) -> bool:
+        """Tell whether the agent acts on *desired*, which members may have stamped at different times."""
+        return max(self.stamp, self.as_of) >= desired.stamp
+
+
+class Ear(Protocol):
+    """Who wants to hear what the agents that dialled this member say."""
+
+    def joined(self, machine: str, hello: bytes) -> None: ...
+
+    def heard(self, machine: str, message: bytes, *, soon: bool) -> None: ...
+
+    def lost(self, machine: str) -> None: ...
+
+    def moved(self) -> None:
+        """The ledger moved, and with it what the agents shall run."""
+        ...
+
 
 class Hub:
-    """All sessions of this member. *changed* beats at every report, connection and loss."""
+    """All sessions of this member, and what is known of the agents of others. *changed* beats at all that happens."""
 
     def __init__(self, changed: Pulse, notes: Notes) -> None:
         self.seen: dict[str, Seen] = {}
         self.desired: dict[str, wire.Desired] = {}
         self.started = time.monotonic()
         self._encoded: dict[str, bytes] = {}
-        self._changed = changed
+        self.changed = changed
+        self.ears: set[Ear] = set()
         self._notes = notes
         self._world: World | None = None
         self._moved = Pulse()
@@ -96,8 +122,15 @@ class Hub:
             if seen.session is not None:
                 seen.session.end("the machine is not part of the fleet any more")
         self._moved.beat()
+        for ear in self.ears:
+            ear.moved()
 
-    def session(self, machine: str) -> Session:
+    @property
+    def stamp(self) -> Stamp:
+        """How far the ledger is by what was pushed last."""
+        return Stamp(generation=self._world.cluster.generation, seq=self._world.seq) if self._world else NONE
+
+    def session(self, machine: str) -> Session | Away:
         """Return the session of *machine*'s agent, or raise Unreachable."""
         seen = self.seen.get(machine)
         if seen is None or seen.session is None:
@@ -106,6 +139,13 @@ class Hub:
                 hint="`slum status` tells since when; services go on meanwhile",
             )
         return seen.session
+
+    def own_session(self, machine: str) -> Session:
+        """Return the session of *machine*'s agent if it dialled this member, or raise Unreachable."""
+        session = self.session(machine)
+        if not isinstance(session, Session):
+            raise Unreachable(f"the agent of {machine} has dialled another member", hint="try again")
+        return session
 
     async def serve(self, websocket: WebSocket) -> None:
         """Serve one agent's connection to its end."""
@@ -148,7 +188,7 @@ class Hub:
 
     async def _converse(self, websocket: WebSocket, hello: wire.Hello) -> None:
         session = Session(websocket, hello.tenement)
-        seen = self._adopt(session, hello)
+        seen = self._begin(session, hello)
         log.get().info("agent_connected", machine=hello.tenement, id=hello.machine, version=hello.version)
         try:
             async with asyncio.TaskGroup() as group:
@@ -160,21 +200,30 @@ class Hub:
             session.is_open = False
             if seen.session is session:
                 seen.session = None
-            self._changed.beat()
+                for ear in self.ears:
+                    ear.lost(session.machine)
+            self.changed.beat()
 
-    def _adopt(self, session: Session, hello: wire.Hello) -> Seen:
+    def _begin(self, session: Session, hello: wire.Hello) -> Seen:
         machine = session.machine
         before = self.seen.get(machine)
         if before is not None and before.session is not None:
             before.session.end("a newer connection of the same machine")
-        seen = Seen(hello=hello, session=session, contact=time.monotonic())
-        if before is not None and before.hello.machine == hello.machine:
+        seen = self.adopt(Seen(hello=hello, session=session, contact=time.monotonic()), machine)
+        if machine in self.desired:
+            session.offer(self._encode(machine))
+        for ear in self.ears:
+            ear.joined(machine, wire.encoder.encode(hello))
+        self.changed.beat()
+        return seen
+
+    def adopt(self, seen: Seen, machine: str) -> Seen:
+        """Take *seen* for what is known of *machine*, with what was known of it before."""
+        before = self.seen.get(machine)
+        if before is not None and before.hello.machine == seen.hello.machine:
             seen.instances = before.instances
             seen.stamp_at, seen.restarted = before.stamp_at, before.restarted
         self.seen[machine] = seen
-        if machine in self.desired:
-            session.offer(self._encode(machine))
-        self._changed.beat()
         return seen
 
     def _encode(self, machine: str) -> bytes:
@@ -186,8 +235,8 @@ class Hub:
     def _mark_restarts(self, machine: str, before: wire.Desired | None) -> None:
         """Remember the generation of each instance whose restart is being asked, to tell the new one from it."""
         seen = self.seen.get(machine)
-        if seen is None or before is None:
-            return
+        if seen is None or before is None or not (seen.session is None or isinstance(seen.session, Session)):
+            return  # the member that it dialled tells, which knew before the agent
         counts = {(o.service, o.id): o.restarts for o in before.overrides}
         for override in self.desired[machine].overrides:
             key = (override.service, override.id)
@@ -200,7 +249,8 @@ class Hub:
         while True:
             try:
                 async with asyncio.timeout(SILENCE_S):
-                    message = wire.from_agent.decode(await session.websocket.receive_bytes())
+                    data = await session.websocket.receive_bytes()
+                    message = wire.from_agent.decode(data)
             except TimeoutError:
                 raise Ended(f"silent for {SILENCE_S:g} s") from None
             except WebSocketDisconnect as error:
@@ -212,14 +262,20 @@ class Hub:
                 raise Ended("ended by this member")
             match message:
                 case wire.Report():
-                    _merge(seen, message)
-                    self._changed.beat()
+                    merge(seen, message)
+                    self.changed.beat()
+                    self._tell(session.machine, data, soon=True)
                 case wire.Heartbeat():
-                    _merge_figures(seen, message)
+                    merge_figures(seen, message)
+                    self._tell(session.machine, data, soon=False)
                 case wire.Note():
                     self._notes.add(session.machine, message)
                 case wire.Hello():
                     raise Ended("a second hello")
+
+    def _tell(self, machine: str, message: bytes, *, soon: bool) -> None:
+        for ear in self.ears:
+            ear.heard(machine, message, soon=soon)
 
 
 class Session:
@@ -290,7 +346,8 @@ class Refusal(Exception):
         self.fatal = fatal
 
 
-def _merge(seen: Seen, report: wire.Report) -> None:
+def merge(seen: Seen, report: wire.Report) -> None:
+    """Take over what an agent reports."""
     if report.full:
         seen.instances = {}
         seen.is_reported = True
@@ -303,7 +360,7 @@ def _merge(seen: Seen, report: wire.Report) -> None:
     seen.refused = report.refused
 
 
-def _merge_figures(seen: Seen, heartbeat: wire.Heartbeat) -> None:
+def merge_figures(seen: Seen, heartbeat: wire.Heartbeat) -> None:
     seen.load = heartbeat.load
     seen.memory_available_bytes = heartbeat.memory_available_bytes
     seen.rss_bytes = heartbeat.rss_bytes

@@ -77,7 +77,7 @@ def done(found: tuple[api.Progress, ...]) -> api.Progress | None:
 
 def _is_current(known: Seen | None, desired: wire.Desired | None) -> bool:
     """Tell whether the agent acts on what was last pushed to it."""
-    return known is not None and known.session is not None and desired is not None and known.stamp >= desired.stamp
+    return known is not None and known.session is not None and desired is not None and known.acts_on(desired)
 
 
 def _machine_step(

@@ -10,6 +10,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Protocol
 
 import msgspec
 from starlette.responses import Response
@@ -17,7 +18,10 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from slum import api, wire
 from slum.errors import ConfigError, SlumError, Unreachable
+from slum.node.websocket import WebSocket as ClientSocket
 from slum.server.agents import Session
+from slum.server.elsewhere import Away
+from slum.server.memberwire import Open
 from slum.server.problems import Missing, problem_response
 
 DIAL_S = 10.0
@@ -29,8 +33,18 @@ class Lost(Unreachable):
     """The stream's other end went away without a last word."""
 
 
+class End(Protocol):
+    """The agent's end of a stream, exclusive to who opened it."""
+
+    machine: str
+
+    async def receive(self) -> bytes: ...
+
+    async def send(self, frame: bytes) -> None: ...
+
+
 class AgentEnd:
-    """One dialled stream, exclusive to who opened it."""
+    """One stream that an agent dialled here."""
 
     def __init__(self, websocket: WebSocket, machine: str) -> None:
         self.machine = machine
@@ -50,6 +64,26 @@ class AgentEnd:
             raise Lost(f"the agent of {self.machine} ended the stream early") from error
 
 
+class AwayEnd:
+    """A stream of an agent that dialled another member, which passes on what both sides say."""
+
+    def __init__(self, socket: ClientSocket, machine: str) -> None:
+        self.machine = machine
+        self._socket = socket
+
+    async def receive(self) -> bytes:
+        try:
+            return await self._socket.receive()
+        except Unreachable as error:
+            raise Lost(f"the member that the agent of {self.machine} dialled ended the stream early") from error
+
+    async def send(self, frame: bytes) -> None:
+        try:
+            await self._socket.send(frame)
+        except Unreachable as error:
+            raise Lost(f"the member that the agent of {self.machine} dialled ended the stream early") from error
+
+
 class Streams:
     """The streams that were asked for and not dialled yet."""
 
@@ -57,8 +91,12 @@ class Streams:
         self._waiting: dict[str, tuple[str, asyncio.Future[AgentEnd]]] = {}
 
     @asynccontextmanager
-    async def open(self, session: Session, request: Request) -> AsyncIterator[AgentEnd]:
+    async def open(self, session: Session | Away, request: Request) -> AsyncIterator[End]:
         """Yield the agent's end of a new stream; it is closed on leaving. Unreachable when the agent does not dial."""
+        if isinstance(session, Away):
+            async with session.opener(session.member, Open(machine=session.machine, request=request)) as socket:
+                yield AwayEnd(socket, session.machine)
+            return
         name = secrets.token_hex(16)
         dialled: asyncio.Future[AgentEnd] = asyncio.get_running_loop().create_future()
         self._waiting[name] = (session.machine, dialled)
@@ -110,7 +148,7 @@ async def close(websocket: WebSocket) -> None:
         return
 
 
-async def pipe(client: WebSocket, end: AgentEnd) -> None:
+async def pipe(client: WebSocket, end: End) -> None:
     """Carry frames both ways until either side ends; the client hears a StreamEnd in any case."""
     try:
         async with asyncio.TaskGroup() as group:
@@ -122,7 +160,7 @@ async def pipe(client: WebSocket, end: AgentEnd) -> None:
         await _tell(client, wire.StreamEnd(error=str(lost.exceptions[0])))
 
 
-async def log_lines(end: AgentEnd, service: str) -> AsyncIterator[api.LogLine]:
+async def log_lines(end: End, service: str) -> AsyncIterator[api.LogLine]:
     """Yield the lines of a logs stream until its StreamEnd; ConfigError or Unreachable for what the agent says went wrong."""
     rest = b""
     while True:
@@ -150,7 +188,7 @@ def _log_line(machine: str, service: str, line: bytes) -> api.LogLine:
     return api.LogLine(tenement=machine, service=service, id=instance, at=at, text=text)
 
 
-async def _to_agent(client: WebSocket, end: AgentEnd) -> None:
+async def _to_agent(client: WebSocket, end: End) -> None:
     while True:
         try:
             frame = await client.receive_bytes()
@@ -159,7 +197,7 @@ async def _to_agent(client: WebSocket, end: AgentEnd) -> None:
         await end.send(frame)
 
 
-async def _to_client(client: WebSocket, end: AgentEnd) -> None:
+async def _to_client(client: WebSocket, end: End) -> None:
     while True:
         frame = await end.receive()
         try:
