@@ -232,3 +232,140 @@ class Explanation(Frozen):
     """The last lines of the generations that are not well; at most 20."""
     desired: str = ""
     """"revision 2, release ab12..., by root@laptop at ..."; empty when the service is not declared."""
+
+
+# --- who may come in --------------------------------------------------------------------------------------------------
+
+
+class Authority(Frozen):
+    """What anybody may know: the certificate (PEM) that every other one of this cluster is signed by."""
+
+    certificate: str
+    cluster: str
+
+
+class MemberOffer(Frozen):
+    """A member as the others must know it; who joins says it of itself. As slum.ledger.commands.Member."""
+
+    id: str
+    incarnation: str
+    public_key: str
+    address: str
+    recipient: str
+    api: str = ""
+
+
+class JoinRequest(Frozen):
+    """A join token's secret (what stands after ``::``), and a certificate request for a key that was made here."""
+
+    secret: str
+    csr: str
+    """PEM, PKCS #10; only its key is looked at."""
+    host: str = ""
+    """The name of the machine that asks, for the event's actor."""
+    member: MemberOffer | None = None
+    """With a member's token."""
+
+
+class JoinAnswer(Frozen):
+    """A certificate and what goes with it. The same token and key give the same one again."""
+
+    kind: str
+    """"node", "member" or "user"."""
+    subject: str
+    """Of the certificate: "node/MACHINE/KEY", "member/ID", "user/NAME"."""
+    cluster: str
+    certificate: str
+    ca: str
+    not_after: float
+    servers: tuple[str, ...] = ()
+    """Where the API is reached: "https://host:port", verified as the name "slum.internal"."""
+    role: str = ""
+    """A user's: "admin" or "read"."""
+    machine: str = ""
+    """A node's machine name; it is also what its agent calls its tenement."""
+    key: str = ""
+    """A node's "machine.incarnation"."""
+    tenement: str = ""
+    """The [tenement.X] that the machine is one of, as far as the fleet says so now."""
+    fleet: str = ""
+    members: tuple[MemberOffer, ...] = ()
+    """The members of now, for one that joins them."""
+
+
+class RenewRequest(Frozen):
+    """The certificate of now, expired or not, and a request that proves that its key is here."""
+
+    certificate: str
+    csr: str
+    host: str = ""
+
+
+class TokenRequest(Frozen):
+    """*subject*: a user's name; a machine's name or key ("machine.incarnation"); a member's id, or "" for any."""
+
+    kind: str
+    request_id: str
+    subject: str = ""
+    role: str = ""
+    ttl_s: float = 3600.0
+    host: str = ""
+
+
+class NewToken(Frozen):
+    """The only time that a token is said: the ledger keeps a hash of its secret."""
+
+    id: str
+    token: str
+    kind: str
+    subject: str
+    expires_at: float
+    servers: tuple[str, ...] = ()
+
+
+class TokenView(Frozen):
+    id: str
+    kind: str
+    subject: str
+    role: str
+    state: str
+    """"open", "used" or "expired"."""
+    made_at: float
+    made_by: str
+    expires_at: float
+    used_at: float = 0.0
+
+
+class CertificateView(Frozen):
+    """*state*: "valid", "expired" or "revoked"."""
+
+    serial: str
+    subject: str
+    role: str
+    state: str
+    made_at: float
+    not_after: float
+
+
+class UserView(Frozen):
+    """A user by name, with every certificate on record; *role* is that of the newest valid one, "" without one."""
+
+    name: str
+    role: str
+    certificates: tuple[CertificateView, ...]
+
+
+class RevokeRequest(Frozen):
+    """*subject* ("user/ana", "node/workers-1", "member/m2") or *serial*."""
+
+    request_id: str
+    subject: str = ""
+    serial: str = ""
+    why: str = ""
+    host: str = ""
+
+
+class Revoked(Frozen):
+    seq: int
+    certificates: int
+    """How many were revoked; unused tokens of the subject went too."""

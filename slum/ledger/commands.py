@@ -98,6 +98,83 @@ class Record(Command):
 # --- what the ledger itself commits -----------------------------------------------------------------------------------
 
 
+# --- who may come in --------------------------------------------------------------------------------------------------
+
+
+class SetAuthority(Command):
+    """The fleet's certificate authority, or its key sealed anew. Rejected "conflict" when *replaces* is not what stands.
+
+    The certificate never changes by this: a fleet that needs another authority begins with it.
+    """
+
+    certificate: str
+    """PEM, in clear."""
+    box: bytes
+    """The private key, age-encrypted to every member's recipient and to *recovery*."""
+    recovery: str
+    """The recipient of the recovery key, which nobody's machine holds."""
+    replaces: str = ""
+    """sha256 of the box that this one was made from; "" for the first."""
+
+
+class AddToken(Command):
+    """A join token, good for one key, once. *hash* is sha256 of its secret, which the ledger never sees."""
+
+    id: str
+    hash: bytes
+    kind: str
+    """"node", "member" or "user"."""
+    subject: str
+    """A node's "machine.incarnation", a user's name, a member's id ("": any)."""
+    role: str
+    """A user's: "admin" or "read"; else ""."""
+    expires_at: float
+
+
+class UseToken(Command):
+    """Bind token *id* to a key and note the certificate that was made for it.
+
+    The first key binds; the same key again is Done, however late, and the first certificate stands. Rejected "missing" when
+    there is no such token, "invalid" for another key, or when it has expired by the header's time.
+    """
+
+    id: str
+    key_hash: str
+    """sha256 of the public key (SubjectPublicKeyInfo), hex."""
+    subject: str
+    """As in Certificate: "node/MACHINE/KEY", "member/ID", "user/NAME"."""
+    serial: str
+    certificate: str
+    not_after: float
+
+
+class RemoveToken(Command):
+    """Rejected "missing" when there is no such token."""
+
+    id: str
+
+
+class NoteCertificate(Command):
+    """A certificate that was made without a token: a member's own, or a renewal of one with the same key."""
+
+    serial: str
+    subject: str
+    role: str
+    key_hash: str
+    not_after: float
+
+
+class Revoke(Command):
+    """Revoke one certificate, or all of a subject; unused tokens of that subject go too.
+
+    *subject* may name more than one: "node/MACHINE" means all its keys. Rejected "missing" when nothing is found.
+    """
+
+    subject: str = ""
+    serial: str = ""
+    why: str = ""
+
+
 class Barrier(Command):
     """Changes nothing; its seq is a linearizable read point."""
 
@@ -116,10 +193,10 @@ class Member(Sparse):
     public_key: str = ""
     address: str = ""
     """host:port where the other members find its ledger."""
-    front: str = ""
-    """host:port where agents, users and the other members' servers find its API."""
+    api: str = ""
+    """host:port of its front, where agents, users and the other members' servers reach its API; "" without one."""
     recipient: str = ""
-    """Its age recipient: what only this member shall read is encrypted to it."""
+    """The age recipient that the authority's key is sealed to; its identity is the member's `member.age`."""
 
 
 class Seal(Command):
@@ -133,7 +210,23 @@ class SetProtocol(Command):
     version: int
 
 
-AnyCommand = SetDesired | SetOverride | Intent | Outcome | Record | Barrier | LeaderStarted | Seal | SetProtocol
+AnyCommand = (
+    SetDesired
+    | SetOverride
+    | Intent
+    | Outcome
+    | Record
+    | SetAuthority
+    | AddToken
+    | UseToken
+    | RemoveToken
+    | NoteCertificate
+    | Revoke
+    | Barrier
+    | LeaderStarted
+    | Seal
+    | SetProtocol
+)
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,17 @@ import os
 from pathlib import Path
 
 from slum.frozen import Frozen
-from slum.ledger.commands import AnyCommand, Barrier, Intent, LeaderStarted, Outcome, Seal, SetDesired
+from slum.ledger.commands import (
+    AnyCommand,
+    Barrier,
+    Intent,
+    LeaderStarted,
+    Outcome,
+    RemoveToken,
+    Revoke,
+    Seal,
+    SetDesired,
+)
 
 CHECK_PERIOD_S = 1.0
 
@@ -41,7 +51,7 @@ def wants_ballast(free: int, has_ballast: bool, at: Marks) -> bool:
 def may_grow(command: AnyCommand, fleet_bytes: int) -> bool:
     """Tell whether *command* is refused on a low disk; *fleet_bytes* is the packed size of the fleet of now."""
     match command:
-        case Barrier() | LeaderStarted() | Seal() | Outcome():
+        case Barrier() | LeaderStarted() | Seal() | Outcome() | Revoke() | RemoveToken():
             return False
         case Intent(kind="destroy"):
             return False

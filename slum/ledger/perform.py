@@ -6,18 +6,25 @@ Everything here is deterministic: it sees the Turn and the command, nothing else
 from __future__ import annotations
 
 from slum.errors import SlumError
+from slum.ledger import access
 from slum.ledger.commands import (
     PROTOCOL,
+    AddToken,
     AnyCommand,
     Intent,
     LeaderStarted,
+    NoteCertificate,
     Outcome,
     Record,
+    RemoveToken,
     Result,
+    Revoke,
     Seal,
+    SetAuthority,
     SetDesired,
     SetOverride,
     SetProtocol,
+    UseToken,
 )
 from slum.ledger.desired import apply_desired, apply_override
 from slum.ledger.events import KIND
@@ -44,6 +51,18 @@ def perform(turn: Turn, command: AnyCommand) -> Result:
             return apply_outcome(turn, command)
         case Record():
             return _record(turn, command)
+        case SetAuthority():
+            return access.set_authority(turn, command)
+        case AddToken():
+            return access.add_token(turn, command)
+        case UseToken():
+            return access.use_token(turn, command)
+        case RemoveToken():
+            return access.remove_token(turn, command)
+        case NoteCertificate():
+            return access.note_certificate(turn, command)
+        case Revoke():
+            return access.revoke(turn, command)
         case SetProtocol():
             return _set_protocol(turn, command)
         case _:

@@ -70,6 +70,42 @@ class IntentRow(Frozen):
     leader: str
 
 
+class AuthorityRow(Frozen):
+    """The fleet's certificate authority: see commands.SetAuthority."""
+
+    certificate: str
+    box: bytes
+    recovery: str
+
+
+class TokenRow(Frozen):
+    """A join token; *key_hash*, *serial* and *certificate* are empty until it is used."""
+
+    id: str
+    kind: str
+    subject: str
+    role: str
+    expires_at: float
+    made_at: float
+    made_by: str
+    used_at: float
+    key_hash: str
+    serial: str
+    certificate: str
+
+
+class CertificateRow(Frozen):
+    """A certificate that the fleet gave out. *revoked_at* is 0 for one that holds."""
+
+    serial: str
+    subject: str
+    role: str
+    key_hash: str
+    not_after: float
+    made_at: float
+    revoked_at: float
+
+
 DesiredRow = tuple[int, Fleet, str, float, str]
 """(revision, fleet, digest, at, actor)"""
 
@@ -195,6 +231,31 @@ class Reader:
                 db.execute("ROLLBACK")
         return api.Verified(ok=first_bad is None, events=at.events, seq=at.seq, first_bad=first_bad, why=why)
 
+    def authority(self) -> AuthorityRow | None:
+        rows = self._rows("SELECT certificate, box, recovery FROM authority")
+        return next(_structs(AuthorityRow, rows), None)
+
+    def tokens(self) -> tuple[TokenRow, ...]:
+        """Return the kept tokens, oldest first."""
+        return tuple(_structs(TokenRow, self._rows(f"SELECT {_TOKEN} FROM tokens ORDER BY made_at, id")))
+
+    def token(self, hash: bytes) -> TokenRow | None:
+        """Return the token whose secret has this sha256."""
+        return next(_structs(TokenRow, self._rows(f"SELECT {_TOKEN} FROM tokens WHERE hash = ?", (hash,))), None)
+
+    def certificates(self) -> tuple[CertificateRow, ...]:
+        """Return every certificate on record, revoked ones too, by subject and age."""
+        columns = ", ".join(CertificateRow.__struct_fields__)
+        rows = self._rows(f"SELECT {columns} FROM certificates ORDER BY subject, made_at, serial")
+        return tuple(_structs(CertificateRow, rows))
+
+    def certificate(self, serial: str) -> CertificateRow | None:
+        columns = ", ".join(CertificateRow.__struct_fields__)
+        return next(
+            _structs(CertificateRow, self._rows(f"SELECT {columns} FROM certificates WHERE serial = ?", (serial,))),
+            None,
+        )
+
     def blobs_named(self) -> set[str]:
         """Return the digests of the bundles that any kept revision names."""
         return {row[0] for row in self._rows("SELECT DISTINCT digest FROM blobs")}
@@ -230,6 +291,9 @@ class Reader:
             self._db = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=5.0)
             self._is_at = is_at
         return self._db
+
+
+_TOKEN = ", ".join(TokenRow.__struct_fields__)
 
 
 def _structs(kind: type[Any], rows: list[Any]) -> Iterator[Any]:

@@ -59,6 +59,22 @@ CREATE TABLE intents (
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX intents_by_machine ON intents (machine) WHERE state IN ('open', 'superseded');
 """
+_ACCESS_TABLES = """
+CREATE TABLE IF NOT EXISTS authority (
+  id INTEGER PRIMARY KEY CHECK (id = 1), certificate TEXT NOT NULL, box BLOB NOT NULL, recovery TEXT NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS tokens (
+  id TEXT PRIMARY KEY, hash BLOB NOT NULL UNIQUE, kind TEXT NOT NULL, subject TEXT NOT NULL, role TEXT NOT NULL,
+  expires_at REAL NOT NULL, made_at REAL NOT NULL, made_by TEXT NOT NULL, used_at REAL NOT NULL, key_hash TEXT NOT NULL,
+  serial TEXT NOT NULL, certificate TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS certificates (
+  serial TEXT PRIMARY KEY, subject TEXT NOT NULL, role TEXT NOT NULL, key_hash TEXT NOT NULL, not_after REAL NOT NULL,
+  made_at REAL NOT NULL, revoked_at REAL NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS certificates_by_subject ON certificates (subject);
+"""
+"""Made on opening too where they are missing: a state.db from before them is the same as one where they are empty."""
 
 
 class Position(Frozen):
@@ -117,7 +133,14 @@ def connect(path: Path) -> sqlite3.Connection:
 def create_tables(db: sqlite3.Connection) -> None:
     for statement in _TABLES.split(";\n"):
         db.execute(statement)
+    complete(db)
     db.execute(f"PRAGMA user_version={SCHEMA}")
+
+
+def complete(db: sqlite3.Connection) -> None:
+    """Make the tables that a state.db of this schema may lack."""
+    for statement in _ACCESS_TABLES.split(";\n"):
+        db.execute(statement)
 
 
 def check_version(db: sqlite3.Connection, name: str) -> None:

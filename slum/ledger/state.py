@@ -77,6 +77,7 @@ class State:
             (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
             if verdict != "ok":
                 raise Damaged(f"{path}: SQLite finds it damaged: {verdict}", hint=RESTORE)
+            schema.complete(db)
             state = cls(db, path, results_kept=results_kept)
             state._check_heads()
         except BaseException as error:
