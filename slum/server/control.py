@@ -9,18 +9,23 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from dataclasses import dataclass
 
 from slum import api
 from slum.errors import ConfigError, Conflict, QuorumLost, SlumError
+from slum.ledger import identity
+from slum.ledger.beginning import FIRST_MEMBER
 from slum.ledger.commands import AnyCommand, Done, Proposal, Rejected
-from slum.operators.base import Join
+from slum.operators.base import Join, Machine
 from slum.paths import Home
 from slum.server import observed
 from slum.server.agents import Hub
 from slum.server.blobs import Blobs
+from slum.server.elsewhere import Elsewhere
 from slum.server.link import Link
 from slum.server.notes import Notes
 from slum.server.pulse import Pulse
+from slum.server.relay import Dial, Relay
 from slum.server.streams import Streams
 from slum.server.view import View, World
 
@@ -28,9 +33,26 @@ PROPOSE_S = 5.0
 RETRY_S = 0.2
 
 
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What an operator was seen to have."""
+
+    machines: tuple[Machine, ...] | None
+    """None when the operator did not answer."""
+    at: float
+    """Monotonic, when it answered."""
+    until: float
+    """Monotonic, how long it may be used."""
+    settled_at: float
+    """Unix seconds: a call that ended before shows in it."""
+
+
 class Control:
-    def __init__(self, home: Home, link: Link, view: View) -> None:
+    def __init__(self, home: Home, link: Link, view: View, dial: Dial) -> None:
         self.home = home
+        identified = identity.load(home.state)
+        self.me = identified.id if identified is not None else FIRST_MEMBER
+        """Which member this is."""
         self.link = link
         self.view = view
         self.committed = Pulse()
@@ -39,10 +61,13 @@ class Control:
         """Beats when the ledger's seq moved, an agent reported, came or went."""
         self.notes = Notes()
         self.hub = Hub(self.changed, self.notes)
+        self.relay = Relay(self.me, link, self.committed, lambda relay: Elsewhere(self.hub, relay.opened), dial)
         self.streams = Streams()
         self.blobs = Blobs(home.blobs)
         self.troubles: dict[str, str] = {}
         """By machine: why its operator did not do what is wanted."""
+        self.sights: dict[str, Sight] = {}
+        """By operator: what it was last seen to have, where the reconcile loop runs."""
         self.started_at = time.time()
         self.pid = os.getpid()
 
@@ -52,11 +77,16 @@ class Control:
         self.hub.take(world)
         return world
 
+    @property
+    def known_troubles(self) -> dict[str, str]:
+        """By machine: why its operator did not do what is wanted, whichever member leads."""
+        return {**self.relay.elsewhere.troubles, **self.troubles}
+
     def instances(self) -> tuple[api.InstanceView, ...]:
         return observed.instances(self.world(), self.hub.seen, time.monotonic())
 
     def tenements(self) -> tuple[api.TenementView, ...]:
-        return observed.tenements(self.world(), self.hub.seen, self.troubles, time.monotonic(), self.hub.started)
+        return observed.tenements(self.world(), self.hub.seen, self.known_troubles, time.monotonic(), self.hub.started)
 
     async def commit(
         self, command: AnyCommand, request_id: str, actor: str, deadline_s: float = PROPOSE_S

@@ -25,6 +25,7 @@ from slum.paths import Home, checked_home
 from slum.server.app import make_app
 from slum.server.blobs import collect_for_ever
 from slum.server.control import Control
+from slum.server.dial import dialler
 from slum.server.link import Link
 from slum.server.peer import PeerProtocol, ShortGoodbye
 from slum.server.reconcile import Reconciler
@@ -73,13 +74,16 @@ class Server(uvicorn.Server):
 def make_server(home: Home) -> Server:
     """Return the server of *home*, not yet running."""
     stopping = asyncio.Event()
-    control = Control(home, Link(lambda: connect(home.ledger_socket)), View(Reader(home.state / "state.db")))
+    control = Control(
+        home, Link(lambda: connect(home.ledger_socket)), View(Reader(home.state / "state.db")), dialler(home)
+    )
     tasks = {
         "ledger link": control.link.run(),
         "ledger watch": control.watch(),
         "notes": control.notes.run(control.link, control.view.seq),
         "blobs": collect_for_ever(control.blobs, control.view.reader.blobs_named),
         "reconcile": Reconciler(control).run(),
+        "relay": control.relay.run(),
     }
 
     @asynccontextmanager

@@ -41,7 +41,7 @@ async def follow(control: Control, revision: int, emit: Emit) -> None:
             why = f"revision {revision} was replaced by revision {world.revision} of {world.actor}"
             await emit(api.Progress(what="done", ok=False, final=True, detail=why))
             return
-        found = steps(world, control.hub.seen, control.hub.desired, control.troubles, releases, since=since)
+        found = steps(world, control.hub.seen, control.hub.desired, control.known_troubles, releases, since=since)
         for step in found:
             before = told.get(step.name)
             if before is None or replace(before, took_s=0.0, logs=()) != replace(step, took_s=0.0):
