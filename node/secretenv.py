@@ -8,6 +8,7 @@ restart of the agent. Must never log or keep a value, nor accept a file that oth
 from __future__ import annotations
 
 import os
+import secrets
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,3 +60,21 @@ def read(file: Path) -> dict[str, str]:
             raise ConfigError(f"{file}:{number}: not KEY=VALUE")  # the line itself may be a secret
         variables[name.strip()] = value
     return variables
+
+
+def write(file: Path, variables: Mapping[str, str]) -> None:
+    """Replace *file* by *variables*, whole or not at all, 0600 and on disk when this returns; ConfigError when it cannot.
+
+    Comments of a file that was written by hand are not kept.
+    """
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as made:
+            made.write("".join(f"{name}={value}\n" for name, value in sorted(variables.items())).encode())
+            made.flush()
+            os.fsync(made.fileno())
+        temporary.rename(file)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ConfigError(f"{file} cannot be written: {error.strerror}", hint="be the user it belongs to") from None

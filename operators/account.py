@@ -132,7 +132,8 @@ def read_token(name: str, token_env: str, secrets_ref: str | None, variables: Va
         raise ConfigError(f"operators.{name}: {where} cannot be read: {error.strerror}") from error
     if not token.reveal():
         raise ConfigError(
-            f"operators.{name}: {where} holds no token", hint="the control plane reads it, not your shell"
+            f"operators.{name}: {where} holds no token",
+            hint="the control plane reads it, not your shell: `slum secret set NAME --operator` gives it one",
         )
     if not _TOKEN.fullmatch(token.reveal()):  # a library that refuses it in a header would show it
         raise ConfigError(f"operators.{name}: what {where} holds is no token: it has blanks or other odd characters")

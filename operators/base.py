@@ -50,6 +50,8 @@ class Machine(Frozen):
     key: str
     machine: str
     tenement: str
+    created_at: float | None = None
+    """Unix seconds, where the provider tells."""
 
 
 class Deadlines(Frozen):

@@ -339,6 +339,7 @@ def _seen(app: str, machine: FlyMachine, cluster: str) -> Machine | None:
         key=key,
         machine=labels.get(naming.MACHINE, name),
         tenement=labels.get(naming.TENEMENT, ""),
+        created_at=machine.created_at.timestamp() if machine.created_at else None,
     )
 
 

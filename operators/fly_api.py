@@ -6,6 +6,7 @@ Exceptions of the HTTP library are not kept: their frames hold the token.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any, TypeVar
 
 import httpx
@@ -46,6 +47,7 @@ class FlyMachine(Sparse):
     state: str = ""
     instance_id: str = ""
     nonce: str = ""
+    created_at: datetime | None = None
     config: Config = Config()
 
 

@@ -347,6 +347,7 @@ def _machine(server: BoundServer, cluster: str) -> Machine:
         key=key if server.name == naming.name_of(cluster, key) else "",
         machine=labels.get(naming.MACHINE, ""),
         tenement=labels.get(naming.TENEMENT, ""),
+        created_at=server.created.timestamp() if server.created else None,
     )
 
 

@@ -51,6 +51,8 @@ class LedgerView(Frozen):
     seq: int
     leader: str | None
     members: tuple[MemberView, ...]
+    silent_s: float | None = None
+    """None while the ledger process answers; else since when it has not: all that is shown may be so old, no change possible."""
 
 
 class TenementView(Frozen):
@@ -61,7 +63,7 @@ class TenementView(Frozen):
     """The [tenement.X] it belongs to (same as name when count is 1)."""
     operator: str
     state: str
-    """"pending", "creating", "joining", "ready", "unknown", "draining", "destroying"."""
+    """"pending", "creating", "joining", "ready", "drained", "unknown", "draining", "destroying"."""
     machine: str = ""
     detail: str = ""
     stamp: Stamp = Stamp()
@@ -100,6 +102,37 @@ class InstanceView(Frozen):
     isolation: str
     report: InstanceReport
     stale_s: float | None = None
+
+
+class MachineView(Frozen):
+    """A machine that an operator has, or that the ledger says it should have."""
+
+    name: str
+    """Its name in the fleet; of a stray, what its label says."""
+    tenement: str
+    operator: str
+    id: str
+    """The provider's; empty while it is not known."""
+    incarnation: int = 0
+    """0 for a stray."""
+    state: str = ""
+    """As the ledger has it: "creating", "created", "failed", "destroying"; empty for a stray."""
+    drift: str = ""
+    """"gone" (made, but its operator does not see it), "left" (destroyed, but still seen), "stray" (carries our label, was
+    never asked for), or empty."""
+    created_at: float | None = None
+    """Unix seconds."""
+    seen_s: float | None = None
+    """How long ago its operator was asked; None when it did not answer."""
+    detail: str = ""
+
+
+class FleetCheck(Frozen):
+    """What the operators' providers say to a fleet that is not applied yet."""
+
+    problems: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    """Providers that could not be asked."""
 
 
 class Revision(Frozen):
@@ -148,11 +181,11 @@ class Applied(Frozen):
 
 
 class ActionRequest(Frozen):
-    """stop, start or restart; *id* and *tenement* narrow it."""
+    """stop, start or restart *service*, where *id* and *tenement* narrow it; or drain or undrain *tenement* as a whole."""
 
     verb: str
-    service: str
     request_id: str
+    service: str = ""
     id: str | None = None
     tenement: str | None = None
     host: str = ""

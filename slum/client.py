@@ -100,6 +100,10 @@ class Client:
         """Return every instance that is declared or reported."""
         return self._call("GET", "instances", tuple[api.InstanceView, ...])
 
+    def machines(self) -> tuple[api.MachineView, ...]:
+        """Return the machines that operators have or should have, strays too."""
+        return self._call("GET", "machines", tuple[api.MachineView, ...])
+
     def explain(self, service: str) -> api.Explanation:
         """Return all that is known of *service*; ConfigError with the nearest name when nothing is."""
         return self._call("GET", f"explain/{service}", api.Explanation)
@@ -132,12 +136,12 @@ class Client:
             why=why,
             host=socket.gethostname(),
         )
-        done = self._call("PUT", "fleet", api.Applied, body=body)
+        done = self._commit("PUT", "fleet", api.Applied, body)
         self._saw(done.seq)
         return done
 
     def act(self, verb: str, service: str, *, instance: str | None = None, tenement: str | None = None) -> api.Acted:
-        """Stop, start or restart; happens once, however often sent."""
+        """Stop, start or restart, drain or undrain; happens once, however often sent."""
         body = api.ActionRequest(
             verb=verb,
             service=service,
@@ -146,9 +150,13 @@ class Client:
             tenement=tenement,
             host=socket.gethostname(),
         )
-        done = self._call("POST", "actions", api.Acted, body=body)
+        done = self._commit("POST", "actions", api.Acted, body)
         self._saw(done.seq)
         return done
+
+    def check(self, fleet: Fleet) -> api.FleetCheck:
+        """Return what the operators' providers would refuse in *fleet*; changes nothing."""
+        return self._call("POST", "fleet/check", api.FleetCheck, body=fleet)
 
     def has_blob(self, digest: str) -> bool:
         """Tell whether the control plane holds the blob."""
@@ -226,6 +234,13 @@ class Client:
         headers = {} if body is None else {"content-type": "application/json"}
         got = self._send(lambda: self._http.request(method, path, params=params, content=content, headers=headers))
         return decode(got.content, answer)
+
+    def _commit(self, method: str, path: str, answer: type[T], body: object) -> T:
+        try:
+            return self._call(method, path, answer, body=body)
+        except QuorumLost as error:
+            hint = f"{error.hint}. It may be committed all the same: look at `slum status` before you do it again"
+            raise QuorumLost(error.message, hint=hint.removeprefix(". ")) from error
 
     def _send(self, send: Callable[[], httpx.Response], *, accept: tuple[int, ...] = ()) -> httpx.Response:
         """Send until there is an answer; what *send* does must be safe to repeat."""

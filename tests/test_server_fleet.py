@@ -96,14 +96,17 @@ async def test_a_bundle_that_was_not_uploaded_is_refused(http: httpx.AsyncClient
     await applied(http, fleet)
 
 
-async def test_an_operator_that_is_not_part_of_this_version_is_refused(http: httpx.AsyncClient) -> None:
+async def test_machines_elsewhere_need_a_control_plane_that_they_can_reach(http: httpx.AsyncClient) -> None:
     fly = FlyOperator(name="prod", org="me", region="iad")
     unused = msgspec.structs.replace(a_fleet(a_service()), operators=(*a_fleet().operators, fly))
     await applied(http, unused)
     used = msgspec.structs.replace(unused, tenements=(*unused.tenements, Tenement(name="far", operator="prod")))
     answer = await put(http, used, 1)
     assert answer.status_code == 400
-    assert "operator type fly is not part of this version; see docs/status.md" in problem(answer).details[0]
+    assert problem(answer).details == (
+        "tenement.far.operator: its machines join over the network, and this control plane is reachable from its own machine"
+        " only: `slum server init --address HOST` opens it",
+    )
 
 
 async def test_a_level_that_the_machine_lacks_is_refused_once_that_is_known(

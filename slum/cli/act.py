@@ -10,7 +10,13 @@ from slum.cli.progress import follow, label
 from slum.cli.target import service_argument, span_s, split_target, tenement_option
 from slum.errors import Conflict, Unhealthy
 
-PAST = {"restart": "restarted", "stop": "stopped", "start": "started"}
+PAST = {
+    "restart": "restarted",
+    "stop": "stopped",
+    "start": "started",
+    "drain": "drained",
+    "undrain": "not drained any more",
+}
 
 
 def _verb(verb: str, doc: str) -> SlumCommand:
@@ -25,7 +31,7 @@ def _verb(verb: str, doc: str) -> SlumCommand:
     @click.option("--no-wait", is_flag=True, help="Return as soon as it is committed.")
     @click.option("--timeout", metavar="TIME", default="2min", show_default=True, help="How long to wait: 30s, 5m.")
     def act(asked: Invocation, service: str, tenement: str | None, no_wait: bool, timeout: str) -> int | None:
-        return _act(asked, verb, service, tenement, wait_s=None if no_wait else span_s(timeout))
+        return act_and_wait(asked, verb, service, tenement, wait_s=None if no_wait else span_s(timeout))
 
     return act
 
@@ -37,10 +43,14 @@ stop = _verb(
 start = _verb("start", "Start what `slum stop` stopped, and wait until it is well.")
 
 
-def _act(asked: Invocation, verb: str, target: str, tenement: str | None, *, wait_s: float | None) -> int | None:
-    service, instance = split_target(target)
+def act_and_wait(
+    asked: Invocation, verb: str, target: str, tenement: str | None, *, wait_s: float | None
+) -> int | None:
+    """Do *verb* to what is meant, wait for it, and report; *target* is empty for a verb that takes a whole tenement."""
+    service, instance = split_target(target) if target else ("", None)
     with asked.client() as client:
-        chosen(client.instances(), service, instance, tenement)
+        if target:
+            chosen(client.instances(), service, instance, tenement)
         revision = client.status().revision
         acted = client.act(verb, service, instance=instance, tenement=tenement)
         if wait_s is None:
@@ -51,14 +61,16 @@ def _act(asked: Invocation, verb: str, target: str, tenement: str | None, *, wai
         late = [step.name for step in outcome.waiting] or acted.instances
         raise Unhealthy(
             f"{', '.join(map(label, late))}: not {PAST[verb]} within {wait_s:g} s; it goes on",
-            hint=f"`slum explain {service}`",
+            hint=f"`slum explain {service}`" if service else "`slum ps`",
         )
     if outcome.replaced:
         raise Conflict(outcome.replaced, hint="`slum status`")
     failed = tuple(step.name for step in outcome.failed)
     _report(asked, verb, acted.instances, failed, waited=True)
     if failed:
-        raise Unhealthy(f"{', '.join(map(label, failed))}: not well", hint=f"`slum explain {service}`")
+        raise Unhealthy(
+            f"{', '.join(map(label, failed))}: not well", hint=f"`slum explain {service}`" if service else "`slum ps`"
+        )
     return None
 
 
@@ -67,6 +79,8 @@ def _report(asked: Invocation, verb: str, instances: tuple[str, ...], failed: tu
         asked.emit({"verb": verb, "instances": instances, "failed": failed, "waited": waited})
     elif waited:
         well = [label(name) for name in instances if name not in failed]
+        if not instances:
+            asked.say(f"{PAST[verb]}: nothing is declared there")
         if well:
             asked.say(f"{PAST[verb]}: {', '.join(well)}")
     else:

@@ -7,7 +7,7 @@ import click
 from slum.cli.base import Invocation, can_consent, command, consent, file_of, file_option
 from slum.cli.deploy import deploy, show, stages
 from slum.cli.machine import start
-from slum.cli.prepare import packed, plan_on, read_fleet, state_without
+from slum.cli.prepare import ask_providers, packed, plan_on, read_fleet, state_without
 from slum.cli.target import span_s
 
 
@@ -41,6 +41,7 @@ def apply(
                     show(asked, plan_on(state_without(asked.home), prepared.fleet))
                     consent(asked, "")
                 start(asked)
+            ask_providers(asked, client, prepared.fleet)
             state = client.state()
             made = plan_on(state, prepared.fleet)
             return deploy(

@@ -43,6 +43,7 @@ SECTIONS: dict[str, dict[str, Entry]] = {
         "import": Entry("slum.cli.import_:import_", "Turn a fly.toml or a Compose file into a slum.toml."),
     },
     "Look": {
+        "machines": Entry("slum.cli.machines:machines", "List the machines of all operators, strays too."),
         "status": Entry("slum.cli.look:status", "Show control plane, machines and what is not well."),
         "ps": Entry("slum.cli.look:ps", "List instances and their URLs."),
         "logs": Entry("slum.cli.logs:logs", "Print or follow the output of a service."),
@@ -56,9 +57,13 @@ SECTIONS: dict[str, dict[str, Entry]] = {
         "exec": Entry("slum.cli.shell:exec_", "Run a command inside the wall of a running instance."),
         "run": Entry("slum.cli.shell:run", "Run a one-off command behind a wall like the service's."),
     },
+    "Machines": {
+        "drain": Entry("slum.cli.machines:drain", "Empty a machine and keep it empty until --undo."),
+    },
     "This machine": {
         "up": Entry("slum.cli.machine:up", "Start the control plane and the agent here."),
         "down": Entry("slum.cli.machine:down", "Stop them; services go on unless --services."),
+        "secret": Entry("slum.cli.secret:secret", "Keep secrets of services and tokens of operators here."),
         "doctor": Entry("slum.cli.machine:doctor", "Prove which isolation levels and limits work here."),
         "server": Entry("slum.cli.machine:server", "Run the control plane in the foreground."),
         "version": Entry("slum.cli.machine:version", "Print the versions."),

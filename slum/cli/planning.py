@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from slum.cli.base import Invocation, command, file_of, file_option
 from slum.cli.deploy import show
-from slum.cli.prepare import packed, plan_on, read_fleet, state_without
+from slum.cli.prepare import ask_providers, packed, plan_on, read_fleet, state_without
 from slum.errors import EXIT_CHANGES
 
 
@@ -26,6 +26,8 @@ def plan(asked: Invocation, file: str | None, file_option: str | None) -> int | 
     loaded = read_fleet(asked, file_of(file, file_option))
     with packed(asked, loaded) as prepared, asked.client() as client:
         present = client.present()
+        if present:
+            ask_providers(asked, client, prepared.fleet)
         made = plan_on(client.state() if present else state_without(asked.home), prepared.fleet)
     if asked.json:
         asked.emit(made)

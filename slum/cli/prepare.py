@@ -18,6 +18,7 @@ import click
 
 from slum import api
 from slum.cli.base import Invocation
+from slum.client import Client
 from slum.errors import ConfigError, Conflict, Unreachable
 from slum.fleetfile import Loaded, load
 from slum.model import Fleet, LocalOperator
@@ -72,11 +73,28 @@ def packed(asked: Invocation, loaded: Loaded) -> Iterator[Prepared]:
 
 def state_without(home: Home) -> api.State:
     """Return the state of a machine that never had a control plane; Unreachable when it had one, which is stopped."""
-    if home.state.exists():
+    if (home.state / "CURRENT").exists():
         raise Unreachable(
             f"the control plane of this machine is stopped (data {home.data})", hint="`slum up` starts it again"
         )
     return EMPTY
+
+
+def ask_providers(asked: Invocation, client: Client, fleet: Fleet) -> None:
+    """Let the operators' providers judge *fleet*; ConfigError with all that they would refuse, what is doubtful is noted."""
+    used = {tenement.operator for tenement in fleet.tenements}
+    if all(isinstance(operator, LocalOperator) or operator.name not in used for operator in fleet.operators):
+        return
+    with passing(asked, "asking the providers"):
+        found = client.check(fleet)
+    for warning in found.warnings:
+        asked.note(f"{warning} (warning)")
+    if found.problems:
+        raise ConfigError(
+            f"{quantity(len(found.problems), 'problem')} with what the providers offer",
+            problems=found.problems,
+            hint="nothing was changed; correct the file and try again",
+        )
 
 
 def plan_on(state: api.State, fleet: Fleet) -> Plan:

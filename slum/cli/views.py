@@ -57,6 +57,8 @@ def status_lines(status: api.Status, instances: Sequence[api.InstanceView], pain
     ledger = status.ledger
     up = seconds(status.now - status.started_at)
     leader = f"leader {ledger.leader}" if ledger.leader else paint("no leader", "bad")
+    if ledger.silent_s is not None:
+        leader = f"{paint('does not answer', 'bad')}; what it last said {seconds(ledger.silent_s)} ago: {leader}"
     lines = [
         f"control plane  {paint('running', 'good')} for {up}, version {status.version}, pid {status.pid}"
         f" (data {status.data_dir})",
@@ -67,12 +69,36 @@ def status_lines(status: api.Status, instances: Sequence[api.InstanceView], pain
     if status.tenements:
         header = ("TENEMENT", "OPERATOR", "STATE", "HOST", "CONTACT", "LOAD", "MEMORY FREE", "INSTANCES", "")
         lines += ["", *table(header, [_tenement_row(t) for t in status.tenements], paint)]
+    if ledger.silent_s is not None:
+        lines += ["", "nothing can be changed until the ledger answers: `slum down` and `slum up` start it again, services go on"]
     unwell = sorted({v.report.service for v in instances if v.report.phase in UNWELL})
     if unwell:
         lines += ["", *(f"{name} is not well: `slum explain {name}`" for name in unwell)]
     elif status.revision == 0:
         lines += ["", "nothing is declared yet: `slum init`, then `slum apply`"]
     return lines
+
+
+def machine_lines(machines: Sequence[api.MachineView], now: float, paint: Paint) -> list[str]:
+    """One row a machine; the last column says what its operator's trouble is."""
+    if not machines:
+        return ["there are no machines: `slum apply` a slum.toml makes them"]
+    style = {"gone": "warn", "left": "bad", "stray": "warn"}
+    rows = [
+        (
+            Cell(m.name, "strong"),
+            m.operator,
+            m.id,
+            str(m.incarnation or ""),
+            Cell(m.state or "unknown", "good" if m.state == "created" else "warn"),
+            Cell(m.drift, style.get(m.drift, "")),
+            "" if m.created_at is None else seconds(now - m.created_at),
+            "never" if m.seen_s is None else f"{seconds(m.seen_s)} ago",
+            clean(m.detail),
+        )
+        for m in machines
+    ]
+    return table(("MACHINE", "OPERATOR", "ID", "INCARNATION", "STATE", "DRIFT", "AGE", "ASKED", ""), rows, paint)
 
 
 def member_lines(ledger: api.LedgerView, paint: Paint) -> list[str]:

@@ -18,7 +18,7 @@ from slum.ledger.turn import Turn
 from slum.model import Fleet
 
 DETAILS_MAX = 20
-VERBS = ("stop", "start", "restart")
+STOPPED_BY = {"stop": 1, "start": 0, "restart": 0, "drain": 1, "undrain": 0}
 FLEET_KINDS = tuple(f"{n}_{v}" for n in ("service", "tenement", "operator") for v in ("added", "changed", "removed"))
 
 
@@ -47,9 +47,10 @@ def apply_desired(turn: Turn, command: SetDesired) -> Result:
 
 def apply_override(turn: Turn, command: SetOverride) -> Result:
     """Set what was asked of each instance, all or none; one event each."""
-    if command.verb not in VERBS:
-        return turn.rejected("invalid", f"{command.verb!r} is none of {', '.join(VERBS)}")
-    desired = set(_instances(turn))
+    if command.verb not in STOPPED_BY:
+        return turn.rejected("invalid", f"{command.verb!r} is none of {', '.join(STOPPED_BY)}")
+    of_machines = command.verb in ("drain", "undrain")
+    desired = {key for key in _instances(turn) if (key[1] == "") == of_machines}
     missing = tuple("/".join(key) for key in command.instances if key not in desired)
     if missing:
         return turn.rejected("missing", f"not in the fleet: {', '.join(missing[:DETAILS_MAX])}", missing[:DETAILS_MAX])
@@ -59,14 +60,14 @@ def apply_override(turn: Turn, command: SetOverride) -> Result:
             "SELECT stopped, restarts FROM overrides WHERE machine = ? AND service = ? AND instance = ?", key
         ).fetchone()
         stopped, restarts = found or (0, 0)
-        now_stopped = {"stop": 1, "start": 0, "restart": 0}[command.verb]
+        now_stopped = STOPPED_BY[command.verb]
         now_restarts = restarts + (command.verb == "restart")
         if (now_stopped, now_restarts) == (stopped, restarts):
             continue
         turn.db.execute("INSERT OR REPLACE INTO overrides VALUES (?, ?, ?, ?, ?)", (*key, now_stopped, now_restarts))
         turn.events.add(
-            "override_set",
-            f"instance:{machine}/{service}/{instance}",
+            f"tenement_{command.verb}ed" if of_machines else "override_set",
+            f"tenement:{machine}" if of_machines else f"instance:{machine}/{service}/{instance}",
             actor=turn.actor,
             why=command.verb,
             before={"stopped": bool(stopped), "restarts": restarts},
@@ -125,8 +126,10 @@ def _instances(turn: Turn) -> Iterator[tuple[str, str, str]]:
 
 
 def _instances_of(fleet: Fleet) -> Iterator[tuple[str, str, str]]:
+    """Yield what can be stopped and started: (machine, service, id), and (machine, "", "") for each machine as a whole."""
     for tenement in fleet.tenements:
         for machine in tenement.machine_names:
+            yield (machine, "", "")
             for service in tenement.services:
                 for instance in service.instances:
                     yield (machine, service.name, instance)

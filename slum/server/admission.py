@@ -23,12 +23,15 @@ if TYPE_CHECKING:
 PROBLEMS_MAX = 100
 
 
-def admit(fleet: Fleet, blobs: Blobs, seen: Mapping[str, Seen], members: tuple[Member, ...]) -> None:
-    """Return when *fleet* may be committed; ConfigError with every problem when not."""
+def admit(fleet: Fleet, blobs: Blobs, seen: Mapping[str, Seen], members: tuple[Member, ...], *, is_open: bool) -> None:
+    """Return when *fleet* may be committed; ConfigError with every problem when not.
+
+    *is_open* tells whether machines elsewhere can join: whether this control plane can be reached over the network.
+    """
     problems = check_fleet(fleet)
     if not problems:
         problems = (
-            *_operators(fleet, tuple(member.id for member in members)),
+            *_operators(fleet, tuple(member.id for member in members), is_open),
             *_bundles(fleet, blobs),
             *_capabilities(fleet, seen),
         )
@@ -41,7 +44,7 @@ def admit(fleet: Fleet, blobs: Blobs, seen: Mapping[str, Seen], members: tuple[M
         )
 
 
-def _operators(fleet: Fleet, members: tuple[str, ...]) -> Iterator[Problem]:
+def _operators(fleet: Fleet, members: tuple[str, ...], is_open: bool) -> Iterator[Problem]:
     operators = {operator.name: operator for operator in fleet.operators}
     local: dict[str, str] = {}
     for tenement in fleet.tenements:
@@ -51,6 +54,12 @@ def _operators(fleet: Fleet, members: tuple[str, ...]) -> Iterator[Problem]:
         if why:
             yield Problem(at=at, message=why)
         if not isinstance(operator, LocalOperator):
+            if not why and not is_open:
+                message = (
+                    "its machines join over the network, and this control plane is reachable from its own machine only:"
+                    " `slum server init --address HOST` opens it"
+                )
+                yield Problem(at=at, message=message)
             continue
         if operator.member is None and len(members) > 1:
             message = f"with several members `member` must say whose machine it is: {', '.join(members)}"

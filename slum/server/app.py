@@ -8,7 +8,8 @@ from contextlib import AbstractAsyncContextManager
 from starlette.applications import Starlette
 
 from slum import api
-from slum.server import routes_blobs, routes_fleet, routes_read, routes_streams
+from slum.model import Fleet
+from slum.server import memberwire, routes_blobs, routes_fleet, routes_members, routes_read, routes_streams
 from slum.server.control import Control
 from slum.server.openapi import openapi_document
 from slum.server.problems import json_response
@@ -69,11 +70,28 @@ ROUTES: tuple[Route, ...] = (
     ),
     Route(
         method="POST",
+        path="/v1/fleet/check",
+        handler=routes_fleet.post_check,
+        request=Fleet,
+        body_bytes_max=routes_fleet.FLEET_BYTES_MAX,
+        response=api.FleetCheck,
+        deadline_s=routes_fleet.CHECK_S + 5.0,
+        summary="What the operators' providers would refuse in a fleet; commits nothing",
+    ),
+    Route(
+        method="GET",
+        path="/v1/machines",
+        handler=routes_read.get_machines,
+        response=tuple[api.MachineView, ...],
+        summary="Machines as the operators see them, beside what the ledger says of them; strays too",
+    ),
+    Route(
+        method="POST",
         path="/v1/actions",
         handler=routes_fleet.post_actions,
         request=api.ActionRequest,
         response=api.Acted,
-        summary="Stop, start or restart instances",
+        summary="Stop, start or restart instances; drain or undrain a machine",
     ),
     Route(
         method="GET",
@@ -174,6 +192,13 @@ ROUTES: tuple[Route, ...] = (
         handler=routes_streams.get_agent_stream,
         kind=Kind.WEBSOCKET,
         summary="An agent's end of a stream that it was asked for; an id is valid once",
+    ),
+    Route(
+        method="GET",
+        path=memberwire.PATH,
+        handler=routes_members.get_link,
+        kind=Kind.WEBSOCKET,
+        summary="An errand of another member's server: slum.server.memberwire, msgpack",
     ),
     Route(
         method="GET",

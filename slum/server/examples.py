@@ -98,6 +98,21 @@ EXAMPLES: dict[Any, object] = {
     api.FleetDoc: api.FleetDoc(revision=1, fleet=_FLEET, digest="ab12" * 16, at=1795000000.1, actor="root@laptop"),
     api.ApplyRequest: api.ApplyRequest(fleet=_FLEET, base_revision=0, request_id=_REQUEST_ID, host="laptop"),
     api.Applied: api.Applied(revision=1, seq=12, changed=True),
+    api.FleetCheck: api.FleetCheck(
+        problems=('operators.eu.server_type: "cx21" is not known; there is cx23, cx33, cx43',)
+    ),
+    Fleet: _FLEET,
+    tuple[api.MachineView, ...]: (
+        api.MachineView(
+            name="here",
+            tenement="here",
+            operator="local",
+            id="local:m1",
+            incarnation=1,
+            state="created",
+            seen_s=2.5,
+        ),
+    ),
     tuple[api.Revision, ...]: (_REVISION,),
     api.ActionRequest: api.ActionRequest(verb="restart", service="notes", request_id=_REQUEST_ID),
     api.Acted: api.Acted(seq=15, instances=("here/notes/main",)),

@@ -7,6 +7,7 @@ under way is sent again under the same request id, which is safe by the ledger's
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import TypeVar
@@ -21,6 +22,10 @@ T = TypeVar("T")
 RETRY_S = (0.02, 0.05, 0.1, 0.25, 0.5)
 """Pauses between attempts to connect; the last one repeats."""
 PROBE_S = 5.0
+SILENT_HINT = (
+    "when it has ended it is started again by itself, when it hangs `slum down` and `slum up` do that (services go on);"
+    " `slum status` tells when it is back"
+)
 
 
 class Link:
@@ -31,6 +36,7 @@ class Link:
         self._ledger: Ledger | None = None
         self._up = asyncio.Event()
         self._lost = asyncio.Event()
+        self._heard_at = time.monotonic()
 
     @property
     def is_up(self) -> bool:
@@ -60,7 +66,7 @@ class Link:
             attempt += 1
 
     async def propose(self, proposal: Proposal, *, deadline_s: float) -> Result:
-        return await self._call(lambda ledger, left_s: ledger.propose(proposal, deadline_s=left_s), deadline_s)
+        return await self._call(lambda ledger, left_s: ledger.propose(proposal, deadline_s=left_s + 1.0), deadline_s)
 
     async def barrier(self, *, deadline_s: float) -> int:
         return await self._call(lambda ledger, left_s: ledger.barrier(deadline_s=left_s), deadline_s)
@@ -68,8 +74,13 @@ class Link:
     async def wait(self, seq: int, *, deadline_s: float) -> int:
         return await self._call(lambda ledger, left_s: ledger.wait(seq, deadline_s=left_s), deadline_s, spare_s=5.0)
 
-    async def leader(self) -> LeaderInfo:
-        return await self._call(lambda ledger, _left_s: ledger.leader(), 2.0)
+    async def leader(self, *, deadline_s: float = 2.0) -> LeaderInfo:
+        return await self._call(lambda ledger, _left_s: ledger.leader(), deadline_s)
+
+    @property
+    def silent_s(self) -> float:
+        """How long ago the ledger last answered anything."""
+        return time.monotonic() - self._heard_at
 
     async def members(self) -> tuple[Member, ...]:
         return await self._call(lambda ledger, _left_s: ledger.members(), 2.0)
@@ -89,13 +100,13 @@ class Link:
                     if ledger is None:
                         continue
                     try:
-                        return await call(ledger, max(0.05, end - loop.time()))
+                        answer = await call(ledger, max(0.05, end - loop.time()))
+                        self._heard_at = time.monotonic()
+                        return answer
                     except Unreachable:
                         if self._ledger is ledger:
                             self._ledger = None
                             self._up.clear()
                             self._lost.set()
         except TimeoutError:
-            raise QuorumLost(
-                "the ledger does not answer", hint="it is restarted by itself; `slum status` tells when it is back"
-            ) from None
+            raise QuorumLost("the ledger does not answer", hint=SILENT_HINT) from None

@@ -13,10 +13,12 @@ import msgspec
 
 from slum import api, wire
 from slum.model import Tenement
+from slum.server.decide import key_of
 from slum.server.view import World
 
 if TYPE_CHECKING:
     from slum.server.agents import Seen
+    from slum.server.control import Sight
 
 JOIN_S = 15.0
 """For so long after this server started, an agent that has not dialled yet counts as joining."""
@@ -31,6 +33,53 @@ def tenements(
         _tenement(world, machine, declared.get(machine), seen.get(machine), troubles.get(machine, ""), now, started)
         for machine in sorted(declared.keys() | world.machines.keys())
     )
+
+
+def machines(
+    world: World, sights: Mapping[str, Sight], troubles: Mapping[str, str], now: float
+) -> tuple[api.MachineView, ...]:
+    """Return what the ledger says exists and what operators have seen, by operator and name; strays last."""
+    found: list[api.MachineView] = []
+    states = {key_of(row.machine, row.incarnation): row.state for row in world.rows}
+    for name in sorted(sights.keys() | {row.operator for row in world.machines.values()}):
+        sight = sights.get(name)
+        there = {machine.key: machine for machine in (sight.machines or ())} if sight else {}
+        seen_s = round(now - sight.at, 3) if sight and sight.machines is not None else None
+        for row in sorted(world.machines.values(), key=lambda row: row.machine):
+            if row.operator != name:
+                continue
+            machine = there.get(key_of(row.machine, row.incarnation))
+            found.append(
+                api.MachineView(
+                    name=row.machine,
+                    tenement=row.tenement,
+                    operator=name,
+                    id=row.machine_id,
+                    incarnation=row.incarnation,
+                    state=row.state,
+                    drift="gone" if row.state == "created" and machine is None and seen_s is not None else "",
+                    created_at=machine.created_at if machine else None,
+                    seen_s=seen_s,
+                    detail=troubles.get(row.machine, ""),
+                )
+            )
+        found += [
+            api.MachineView(
+                name=machine.machine,
+                tenement=machine.tenement,
+                operator=name,
+                id=machine.id,
+                drift="left" if machine.key in states else "stray",
+                created_at=machine.created_at,
+                seen_s=seen_s,
+                detail="destroyed, and still there"
+                if machine.key in states
+                else "never asked for by this control plane; slum does not touch it",
+            )
+            for machine in ((sight.machines or ()) if sight else ())
+            if states.get(machine.key, "destroyed") == "destroyed"
+        ]
+    return tuple(found)
 
 
 def instances(world: World, seen: Mapping[str, Seen], now: float) -> tuple[api.InstanceView, ...]:
@@ -115,6 +164,8 @@ def _state(
     if tenement is None:
         return "draining", "not declared any more: its services are being stopped"
     if seen is not None and seen.is_connected(now):
+        if machine in world.drained:
+            return "drained", f"runs nothing until `slum drain {machine} --undo`"
         return "ready", seen.refused
     if seen is None and now - started < JOIN_S:
         return "joining", "waits for its agent"

@@ -12,15 +12,14 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from slum import log, model
 from slum.errors import ConfigError, OperatorError, QuorumLost, SlumError
 from slum.ledger.commands import AnyCommand, Intent, LeaderInfo, Outcome, Rejected, new_request_id
-from slum.operators.base import Foretold, Machine, MachineSpec, Operator
+from slum.operators.base import Foretold, MachineSpec, Operator
 from slum.operators.registry import make_operator
 from slum.server.boot import operator_site
-from slum.server.control import Control
+from slum.server.control import Control, Sight
 from slum.server.decide import Action, Create, Destroy, Known, Recognise, Situation, Wanted, decide, key_of
 from slum.server.view import World
 
@@ -32,19 +31,10 @@ DRAIN_S = 120.0
 BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 15.0, 60.0)
 
 
-@dataclass(frozen=True, slots=True)
-class Sight:
-    machines: tuple[Machine, ...] | None
-    """None when the operator did not answer."""
-    until: float
-    settled_at: float = 0.0
-    """Unix seconds: a call that ended before shows in it."""
-
-
 class Reconciler:
     def __init__(self, control: Control) -> None:
         self._control = control
-        self._sights: dict[str, Sight] = {}
+        self._sights = control.sights
         self._looking: set[str] = set()
         self._acts: Counter[str] = Counter()
         """Actions ended, by operator: an observation that one of them overtook is not used."""
@@ -148,8 +138,9 @@ class Reconciler:
             log.get().warning("operator_not_observed", operator=name, why=str(error) or "it did not answer in time")
         finally:
             self._looking.discard(name)
+        now = time.monotonic()
         if acts == self._acts[name]:
-            self._sights[name] = Sight(machines, time.monotonic() + pause, settled_at)
+            self._sights[name] = Sight(machines, now, now + pause, settled_at)
         self._control.changed.beat()
 
     def _is_fresh(self, operator: str, now: float) -> bool:
@@ -180,7 +171,7 @@ class Reconciler:
             and desired is not None
             and not desired.services
             and seen.is_reported
-            and seen.stamp >= desired.stamp
+            and seen.acts_on(desired)
             and not seen.instances
         )
 

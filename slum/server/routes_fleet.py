@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 from collections.abc import Iterable
@@ -9,10 +10,16 @@ from collections.abc import Iterable
 import msgspec
 
 from slum import api
-from slum.errors import ConfigError, Conflict
+from slum.errors import ConfigError, Conflict, OperatorError
 from slum.frozen import Frozen
 from slum.ledger.commands import Done, SetDesired, SetOverride, pack_fleet
+from slum.model import Fleet, Operator
+from slum.operators.base import Checked
+from slum.operators.local import Site
+from slum.operators.registry import make_operator
+from slum.render import closest
 from slum.server.admission import admit
+from slum.server.boot import operator_site
 from slum.server.control import rejection
 from slum.server.explain import no_service
 from slum.server.problems import Missing
@@ -21,6 +28,8 @@ from slum.server.view import World
 
 FLEET_BYTES_MAX = 16 << 20
 VERBS = ("stop", "start", "restart")
+MACHINE_VERBS = ("drain", "undrain")
+CHECK_S = 15.0
 REQUEST_ID = re.compile(r"[0-9a-f]{32}:[0-9]{1,18}")
 WHY_MAX = 200
 
@@ -58,7 +67,8 @@ async def put_fleet(call: Call) -> api.Applied:
             f"this control plane holds the fleet {world.fleet.name!r}, not {asked.fleet.name!r}",
             hint="one control plane holds one fleet: name it so in [fleet], or use another --data-dir and --run-dir",
         )
-    admit(asked.fleet, control.blobs, control.hub.seen, await control.link.members())
+    is_open = control.view.reader.authority() is not None
+    admit(asked.fleet, control.blobs, control.hub.seen, world.cluster.members, is_open=is_open)
     body = msgspec.msgpack.encode(asked.fleet)
     command = SetDesired(
         fleet_zstd=pack_fleet(asked.fleet),
@@ -74,19 +84,69 @@ async def put_fleet(call: Call) -> api.Applied:
 
 
 async def post_actions(call: Call) -> api.Acted:
-    """Stop, start or restart instances, beside their release; `stop` holds until `start`."""
+    """Stop, start or restart instances, beside their release; `stop` holds until `start`, drain until undrain."""
     asked: api.ActionRequest = call.body
     _check_request_id(asked.request_id)
-    if asked.verb not in VERBS:
-        raise ConfigError(f"{asked.verb!r} is none of {', '.join(VERBS)}")
-    control = call.control
-    chosen = placed(control.world(), asked.service, asked.id, asked.tenement)
+    control, world = call.control, call.control.world()
+    if asked.verb in MACHINE_VERBS:
+        machines = _machines(world, asked.tenement or "")
+        concerned = tuple((m, s.name, each) for m, _, s, each in world.placed() if m in machines)
+        chosen = tuple((machine, "", "") for machine in machines)
+    elif asked.verb in VERBS:
+        chosen = concerned = placed(world, asked.service, asked.id, asked.tenement)
+    else:
+        raise ConfigError(f"{asked.verb!r} is none of {', '.join((*VERBS, *MACHINE_VERBS))}")
     result = await control.commit(
         SetOverride(verb=asked.verb, instances=chosen), asked.request_id, call.peer.actor(asked.host)
     )
     if not isinstance(result, Done):
         raise rejection(result)
-    return api.Acted(seq=result.seq, instances=tuple("/".join(key) for key in chosen))
+    return api.Acted(seq=result.seq, instances=tuple("/".join(key) for key in concerned))
+
+
+async def post_check(call: Call) -> api.FleetCheck:
+    """Ask the operators' providers what they would refuse in the fleet of the body; commits nothing."""
+    fleet: Fleet = call.body
+    used = {tenement.operator for tenement in fleet.tenements}
+    site = operator_site(call.control.home, "")
+    async with asyncio.TaskGroup() as group:
+        checks = [
+            group.create_task(_asked(definition, site), name=f"check {definition.name}")
+            for definition in fleet.operators
+            if definition.name in used
+        ]
+    found = [check.result() for check in checks]
+    return api.FleetCheck(
+        problems=tuple(line for one in found for line in one.problems),
+        warnings=tuple(line for one in found for line in one.warnings),
+    )
+
+
+async def _asked(definition: Operator, site: Site) -> api.FleetCheck:
+    """Return what the provider of *definition* says; one that cannot be asked now is a warning, a bad token a problem."""
+    at = f"operators.{definition.name}"
+    try:
+        operator = make_operator(definition, site)
+        if not isinstance(operator, Checked):
+            return api.FleetCheck()
+        async with asyncio.timeout(CHECK_S):
+            return api.FleetCheck(problems=tuple(f"{at}.{line}" for line in await operator.problems()))
+    except ConfigError as error:
+        return api.FleetCheck(problems=(error.message if at in error.message else f"{at}: {error.message}",))
+    except OperatorError as error:
+        line = f"{at}: {error.message}"
+        return api.FleetCheck(problems=(line,)) if error.status in (401, 403) else api.FleetCheck(warnings=(line,))
+    except TimeoutError:
+        return api.FleetCheck(warnings=(f"{at}: no answer within {CHECK_S:g} s; its settings were not checked",))
+
+
+def _machines(world: World, name: str) -> tuple[str, ...]:
+    """Return the machines that *name* means: one, or all of a [tenement.X]; Missing when there is none."""
+    found = tuple(m for t in world.fleet.tenements for m in t.machine_names if name in (m, t.name))
+    if not found:
+        names = {m for t in world.fleet.tenements for m in (t.name, *t.machine_names)}
+        raise Missing(f"there is no tenement {name!r}{closest(name, names)}", hint="`slum status` lists them")
+    return found
 
 
 def placed(world: World, service: str, instance: str | None, tenement: str | None) -> tuple[tuple[str, str, str], ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from slum import __version__, api
+from slum.errors import QuorumLost
 from slum.frozen import Frozen
 from slum.server import observed
 from slum.server.control import Control
@@ -14,6 +15,8 @@ from slum.server.route import Call
 from slum.server.sse import Emit, EventStream
 
 EVENTS_MAX = 1000
+LEADER_S = 1.0
+"""How long the ledger is asked who leads, before the answer is made without it."""
 WAKE_S = 30.0
 
 
@@ -42,8 +45,11 @@ async def get_health(call: Call) -> Health:
 async def get_status(call: Call) -> api.Status:
     control = call.control
     world = control.world()
-    leader = await control.link.leader()
-    members = await control.link.members()
+    try:
+        told = await control.link.leader(deadline_s=LEADER_S)
+    except QuorumLost:
+        told = None
+    cluster, leader = world.cluster, told.member if told else world.cluster.leader or None
     return api.Status(
         version=__version__,
         fleet=world.fleet.name,
@@ -54,24 +60,30 @@ async def get_status(call: Call) -> api.Status:
         started_at=control.started_at,
         now=time.time(),
         ledger=api.LedgerView(
-            cluster=world.cluster.cluster_id,
-            generation=leader.generation,
-            epoch=leader.epoch,
-            term=leader.term,
+            cluster=cluster.cluster_id,
+            generation=told.generation if told else cluster.generation,
+            epoch=told.epoch if told else cluster.epoch,
+            term=told.term if told else cluster.term,
             seq=world.seq,
-            leader=leader.member,
+            leader=leader,
             members=tuple(
                 api.MemberView(
                     id=member.id,
-                    role="leader" if member.id == leader.member else "follower",
+                    role="leader" if member.id == leader else "follower",
                     address=member.address,
                 )
-                for member in members
+                for member in cluster.members
             ),
+            silent_s=None if told else round(control.link.silent_s, 3),
         ),
         tenements=control.tenements(),
         counts=observed.counts(control.instances()),
     )
+
+
+async def get_machines(call: Call) -> tuple[api.MachineView, ...]:
+    control = call.control
+    return observed.machines(control.world(), control.sights, control.troubles, time.monotonic())
 
 
 async def get_state(call: Call) -> api.State:

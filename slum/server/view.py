@@ -30,6 +30,9 @@ class World:
     at: float = 0.0
     actor: str = ""
     overrides: Mapping[str, tuple[Override, ...]] = field(default_factory=dict)
+    """What was asked of instances, by machine; on a drained machine every instance is stopped."""
+    drained: frozenset[str] = frozenset()
+    """Machines that shall run nothing until they are undrained."""
     machines: Mapping[str, MachineRow] = field(default_factory=dict)
     """The newest incarnation of each machine, by its name in the fleet; destroyed ones are left out."""
     rows: tuple[MachineRow, ...] = ()
@@ -91,6 +94,7 @@ class View:
             if row.machine not in newest or row.incarnation > newest[row.machine].incarnation:
                 newest[row.machine] = row
         revision, fleet, digest, at, actor = self.reader.fleet() or (0, EMPTY, "", 0.0, "")
+        overrides, drained = with_drained(fleet, self.reader.overrides())
         return World(
             seq=seq,
             cluster=self.reader.cluster(),
@@ -99,7 +103,27 @@ class View:
             digest=digest,
             at=at,
             actor=actor,
-            overrides=self.reader.overrides(),
+            overrides=overrides,
+            drained=drained,
             machines={machine: row for machine, row in newest.items() if row.state != "destroyed"},
             rows=rows,
         )
+
+
+def with_drained(
+    fleet: Fleet, overrides: Mapping[str, tuple[Override, ...]]
+) -> tuple[dict[str, tuple[Override, ...]], frozenset[str]]:
+    """Return *overrides* of instances, with those of drained machines all stopped, and which machines are drained."""
+    drained = frozenset(
+        machine for machine, asked in overrides.items() if any(not o.service and o.stopped for o in asked)
+    )
+    found = {machine: tuple(one for one in asked if one.service) for machine, asked in overrides.items()}
+    for tenement in fleet.tenements:
+        for machine in drained.intersection(tenement.machine_names):
+            restarts = {(one.service, one.id): one.restarts for one in found[machine]}
+            found[machine] = tuple(
+                Override(service=s.name, id=each, stopped=True, restarts=restarts.get((s.name, each), 0))
+                for s in tenement.services
+                for each in s.instances
+            )
+    return {machine: asked for machine, asked in found.items() if asked}, drained
