@@ -12,8 +12,10 @@ import signal
 import sys
 from pathlib import Path
 
-LEFT_OUT = ("rich", "ssl")
-"""What structlog and asyncio would load when it is there, 5.6 MB of it; the agent speaks to unix sockets only."""
+LEFT_OUT = ("rich",)
+"""What structlog would load when it is there."""
+LEFT_OUT_AT_HOME = ("ssl",)
+"""What asyncio would load: an agent beside its own control plane speaks to unix sockets only, which saves 5 MB."""
 
 
 def run(arguments: list[str]) -> int:
@@ -22,7 +24,8 @@ def run(arguments: list[str]) -> int:
     parser.add_argument("--data-dir", required=True, type=Path)
     parser.add_argument("--run-dir", required=True, type=Path)
     options = parser.parse_args(arguments)
-    for name in LEFT_OUT:
+    is_node = (options.data_dir / "agent" / "home.json").exists()
+    for name in LEFT_OUT if is_node else LEFT_OUT + LEFT_OUT_AT_HOME:
         sys.modules[name] = None  # type: ignore[assignment]  # documented: makes the import fail
 
     import asyncio

@@ -1,4 +1,4 @@
-"""The agent's line to the control plane: one WebSocket that it dials, dials again when it breaks, and never needs.
+"""The agent's line to the control plane: one WebSocket to any member, dialled again when it breaks, and never needed.
 
 Up go a hello, reports of what changed (all of them on a new connection), notes and a heartbeat every 5 s; down come the
 desired config and requests to open streams, which are handed to the agent. While nobody answers, notes wait, bounded:
@@ -8,31 +8,34 @@ the oldest are dropped and counted. Must never make the agent wait, nor stop any
 from __future__ import annotations
 
 import asyncio
-import os
 import random
-import tempfile
 from collections import deque
-from pathlib import Path
-from typing import Protocol
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
-import h11
 import msgspec
 
 from slum import log
-from slum.errors import SlumError, Unreachable
+from slum.errors import Unreachable
+from slum.node.doors import Door, Way, first_open
 from slum.node.websocket import WebSocket, connect
-from slum.wire import Desired, Heartbeat, Hello, Message, Note, OpenStream, Refused, Report, encoder, to_agent
+from slum.wire import Desired, Heartbeat, Hello, Message, Note, OpenStream, Refused, Report, Servers, encoder, to_agent
 
 DIAL_S = 5.0
 SEND_S = 15.0
 HEARTBEAT_S = 5.0
-SILENT_S = 45.0
+SILENT_S, REMOTE_SILENT_S = 45.0, 12.0
+"""A member elsewhere that says nothing for so long is given up for another; two pings went unanswered by then."""
 BACKOFF_MIN_S, BACKOFF_MAX_S = 0.1, 5.0
+SPREAD_S = 1.0
+"""All agents of a member that dies dial the others within so long, not in the same instant."""
+REFUSED_S = 60.0
+"""Before dialling again after a refusal for good: somebody may have changed their mind, but not soon."""
+EXPIRED = "CERTIFICATE_EXPIRED"
+"""In what OpenSSL says when a member refuses our certificate for its age (RFC 8446, alert 45)."""
 NOTES_MAX, NOTES_A_TIME = 1000, 100
 CALM_S = 0.005
 """So long after a change before telling it: changes come in bursts."""
-BLOB_S = 600.0
-BLOB_READ_BYTES = 256 << 10
 
 
 class Agent(Protocol):
@@ -48,16 +51,22 @@ class Agent(Protocol):
 
     def desire(self, desired: Desired) -> None: ...
 
-    def open_stream(self, request: OpenStream) -> None: ...
+    def open_stream(self, request: OpenStream, door: Door) -> None:
+        """Dial the stream that the member behind *door* asks for."""
+        ...
 
 
 class Link:
     """Runs for the agent's whole life. ``poke`` after anything changed that may be worth a report."""
 
-    def __init__(self, api_socket: Path, agent: Agent) -> None:
+    def __init__(self, way: Way, agent: Agent, tell: Callable[[str, str], None] = lambda server, why: None) -> None:
+        """*tell* hears at each change to which member the line is, or "" and why to none."""
         self.connected = False
-        self._api_socket = api_socket
+        self._way = way
         self._agent = agent
+        self._tell = tell
+        self._told: tuple[str, str] | None = None
+        self._silent_s = REMOTE_SILENT_S if way.remote else SILENT_S
         self._notes: deque[Note] = deque()
         self._dropped = 0
         self._wake = asyncio.Event()
@@ -84,31 +93,61 @@ class Link:
         delay_s = BACKOFF_MIN_S
         while True:
             try:
-                async with await connect(self._api_socket, "/v1/agent", DIAL_S) as socket:
-                    delay_s = await self._converse(socket)
+                door, socket = await self._dial()
             except Unreachable as error:
-                if self.connected:
-                    log.get().info("member_lost", why=str(error))
-            finally:
-                self.connected = False
-            await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
-            delay_s = min(delay_s * 2, BACKOFF_MAX_S)
+                if EXPIRED in str(error):
+                    self._way.expired()
+                self._say("", str(error))
+                await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
+                delay_s = min(delay_s * 2, BACKOFF_MAX_S)
+                continue
+            delay_s = BACKOFF_MIN_S
+            async with socket:
+                why = await self._converse(socket, door)
+            self.connected = False
+            self._way.current = None
+            self._way.lost(door)
+            log.get().info("member_lost", member=door.name, why=why.words)
+            self._say("", why.words)
+            await asyncio.sleep(self._pause_s(why))
 
-    async def _converse(self, socket: WebSocket) -> float:
-        """Speak and listen until either fails; return how long to wait before dialling again."""
+    async def _dial(self) -> tuple[Door, WebSocket]:
+        """Return a line to the first member that takes one; Unreachable when none does."""
+        unreachable = Unreachable("no address of a member is known")
+        for doors in self._way.doors():
+            try:
+                return await first_open(doors, lambda door: connect(door, "/v1/agent", DIAL_S))
+            except Unreachable as error:
+                unreachable = error
+        raise unreachable
+
+    def _pause_s(self, why: Ended) -> float:
+        """Return how long to wait before dialling again."""
+        if why.refused:
+            return (REFUSED_S if why.fatal else BACKOFF_MAX_S) * random.uniform(0.5, 1.0)
+        return random.uniform(0.0, SPREAD_S) if self._way.remote else BACKOFF_MIN_S * random.uniform(0.5, 1.0)
+
+    def _say(self, server: str, why: str = "") -> None:
+        if self._told != (server, why):
+            self._told = (server, why)
+            self._tell(server, why)
+
+    async def _converse(self, socket: WebSocket, door: Door) -> Ended:
+        """Speak and listen until either fails; return why it did."""
         self._outdated = False
-        await _send(socket, self._agent.hello())
+        try:
+            await _send(socket, self._agent.hello())
+        except Unreachable as error:
+            return Ended(str(error))
         async with asyncio.TaskGroup() as group:
             speaker = group.create_task(self._speak(socket), name="link out")
-            listener = group.create_task(self._listen(socket), name="link in")
+            listener = group.create_task(self._listen(socket, door), name="link in")
             await asyncio.wait((speaker, listener), return_when=asyncio.FIRST_COMPLETED)
             speaker.cancel()
             listener.cancel()
-        outcome = next((t.result() for t in (listener, speaker) if not t.cancelled()), "")
-        log.get().info("member_lost", why=outcome)
-        return BACKOFF_MAX_S if outcome.startswith("refused") else BACKOFF_MIN_S
+        return next(task.result() for task in (listener, speaker) if not task.cancelled())
 
-    async def _speak(self, socket: WebSocket) -> str:
+    async def _speak(self, socket: WebSocket) -> Ended:
         """Send what there is until the line breaks; return why it did."""
         full, beat_at = True, 0.0
         loop = asyncio.get_running_loop()
@@ -116,7 +155,7 @@ class Link:
             while True:
                 self._wake.clear()
                 if self._outdated:
-                    return "what this machine can do has changed"
+                    return Ended("what this machine can do has changed")
                 await self._send_notes(socket)
                 while (report := self._agent.report(full=full)) is not None:
                     await _send(socket, report)
@@ -124,8 +163,8 @@ class Link:
                 if loop.time() >= beat_at:
                     await _send(socket, self._agent.heartbeat())
                     await socket.ping()
-                    if loop.time() - socket.heard_at > SILENT_S:
-                        return f"silent for {SILENT_S:g} s"
+                    if loop.time() - socket.heard_at > self._silent_s:
+                        return Ended(f"silent for {self._silent_s:g} s")
                     beat_at = loop.time() + HEARTBEAT_S
                 try:
                     async with asyncio.timeout_at(beat_at):
@@ -134,7 +173,7 @@ class Link:
                 except TimeoutError:
                     continue
         except Unreachable as error:
-            return str(error)
+            return Ended(str(error))
 
     async def _send_notes(self, socket: WebSocket) -> None:
         if self._dropped:
@@ -147,28 +186,42 @@ class Link:
                 self._notes.popleft()
                 batch.pop(0)
 
-    async def _listen(self, socket: WebSocket) -> str:
+    async def _listen(self, socket: WebSocket, door: Door) -> Ended:
         """Hand on what the member says until the line breaks; return why it did."""
         try:
             while True:
                 data = await socket.receive()
-                if not self.connected:
-                    self.connected = True
-                    log.get().info("member_connected")
                 try:
                     message = to_agent.decode(data)
                 except msgspec.DecodeError as error:
                     log.get().warning("member_not_understood", error=str(error))
                     continue
                 match message:
+                    case Refused(why=why, fatal=fatal):
+                        return Ended(f"refused: {why}", refused=True, fatal=fatal)
                     case Desired():
                         self._agent.desire(message)
                     case OpenStream():
-                        self._agent.open_stream(message)
-                    case Refused(why=why):
-                        return f"refused: {why}"
+                        self._agent.open_stream(message, door)
+                    case Servers(servers=servers):
+                        self._way.learn(servers)
+                if not self.connected:
+                    self.connected = True
+                    self._way.current = door
+                    log.get().info("member_connected", member=door.name)
+                    self._say(door.name)
         except Unreachable as error:
-            return str(error)
+            return Ended(str(error))
+
+
+class Ended(NamedTuple):
+    """Why a line is no more."""
+
+    words: str
+    refused: bool = False
+    """By the member, in words."""
+    fatal: bool = False
+    """For as long as this machine shows what it has shown."""
 
 
 async def _send(socket: WebSocket, *messages: Message) -> None:
@@ -177,49 +230,3 @@ async def _send(socket: WebSocket, *messages: Message) -> None:
             await socket.send(*(encoder.encode(message) for message in messages))
     except TimeoutError:
         raise Unreachable(f"the member did not read for {SEND_S:g} s") from None
-
-
-async def fetch_blob(api_socket: Path, digest: str, folder: Path) -> Path:
-    """Stream the blob *digest* into a new file in *folder* and return it; the caller verifies and removes it.
-
-    Unreachable when no member answers or the transfer breaks (safe to repeat), SlumError when the member has no such blob.
-    """
-    try:
-        async with asyncio.timeout(BLOB_S):
-            reader, writer = await asyncio.open_unix_connection(str(api_socket))
-            try:
-                return await _download(reader, writer, digest, folder)
-            finally:
-                writer.close()
-    except TimeoutError:
-        raise Unreachable(f"bundle {digest[:12]} did not arrive within {BLOB_S:g} s") from None
-    except (OSError, h11.RemoteProtocolError) as error:
-        raise Unreachable(f"bundle {digest[:12]} cannot be fetched: {error}") from error
-
-
-async def _download(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, digest: str, folder: Path) -> Path:
-    http = h11.Connection(h11.CLIENT)
-    request = h11.Request(
-        method="GET", target=f"/v1/blobs/{digest}", headers=[("Host", "slum"), ("Connection", "close")]
-    )
-    writer.write((http.send(request) or b"") + (http.send(h11.EndOfMessage()) or b""))
-    await writer.drain()
-    done = False
-    with tempfile.NamedTemporaryFile(dir=folder, prefix="blob-", delete=False) as out:
-        path = Path(out.name)
-        try:
-            while not done:
-                event = http.next_event()
-                if event is h11.NEED_DATA:
-                    http.receive_data(await reader.read(BLOB_READ_BYTES))
-                elif isinstance(event, h11.Response) and event.status_code != 200:
-                    raise SlumError(f"the member has no bundle {digest[:12]} (HTTP {event.status_code})")
-                elif isinstance(event, h11.Data):
-                    out.write(event.data)
-                elif isinstance(event, h11.ConnectionClosed):
-                    raise Unreachable(f"bundle {digest[:12]}: the member hung up")
-                done = isinstance(event, h11.EndOfMessage)
-        except BaseException:
-            os.unlink(path)
-            raise
-    return path

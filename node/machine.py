@@ -21,14 +21,17 @@ from slum.model import Key, Level
 from slum.node import metadata
 from slum.node.adopt import key_of
 from slum.node.describe import Describer
+from slum.node.doors import Door, Far, Near, way_of
 from slum.node.figures import Figures, hello
 from slum.node.hands import Hands
+from slum.node.home import write_line
 from slum.node.keeperclient import Event, KeeperClient, start_detached
 from slum.node.limits.detect import detect
 from slum.node.limits.groups import Limits
 from slum.node.link import Link
 from slum.node.oneoff import Oneoffs
 from slum.node.prepare import Preparer
+from slum.node.renewal import Renewal
 from slum.node.roster import Clock, Roster
 from slum.node.routing import Routing
 from slum.node.runners.registry import probe_levels, runners
@@ -57,6 +60,7 @@ class Agent:
     def __init__(
         self,
         home: Home,
+        way: Near | Far,
         group: asyncio.TaskGroup,
         store: Store,
         table: dict[Level, Runner],
@@ -76,14 +80,15 @@ class Agent:
         """The newest config, while the disk has no room for it."""
         self._wakes: dict[Key, float] = {}
         self._clock = Clock()
-        self._link = Link(home.api_socket, self)
+        self._way = way
+        self._link = Link(way, self, self._tell_line)
         self._roster = Roster(store, self._clock, self._link.note, self._changed)
         self._describer = describer = Describer(home, limits, os.environ)
         self._hands = Hands(self._roster, describer, table, limits, self._clock, group)
         self._watch = Watch(self._roster, self._hands, describer, self._clock, group)
         self._oneoffs = Oneoffs()
         self._preparer = Preparer(
-            home, store, self._roster, describer, table, limits, self._oneoffs, self._clock, group
+            home, way, store, self._roster, describer, table, limits, self._oneoffs, self._clock, group
         )
         self._routing = Routing(home, self._roster, describer, self._roster.trouble)
         self._hands.watch, self._hands.preparer = self._watch, self._preparer
@@ -112,6 +117,8 @@ class Agent:
             (self._keep_house(), "housekeeping"),
         ):
             self._group.create_task(run, name=name)
+        if isinstance(self._way, Far):
+            self._group.create_task(Renewal(self._home, self._way).run(), name="renewal")
 
     # --- what the link asks -------------------------------------------------------------------------------------------
     def hello(self) -> Hello:
@@ -156,8 +163,15 @@ class Agent:
                     self._hands.point(entry.seen.key, generation)
         self._routing.poke()
 
-    def open_stream(self, request: OpenStream) -> None:
-        self._streams.open(request)
+    def open_stream(self, request: OpenStream, door: Door) -> None:
+        self._streams.open(request, door)
+
+    def _tell_line(self, server: str, why: str) -> None:
+        """Leave word of the line for `slum status` and `slum join` on this machine."""
+        try:
+            write_line(self._home, server=server, why=why)
+        except OSError as error:
+            log.get().warning("line_not_told", why=str(error))
 
     async def _desire_again(self, desired: Desired) -> None:
         """Try a config that the disk had no room for; nobody sends it again."""
@@ -340,6 +354,6 @@ async def live(home: Home) -> None:
         if isinstance(guarded, Unavailable):
             log.get().warning("metadata_address_open", why=guarded.why, fix=guarded.fix)
     async with asyncio.TaskGroup() as group:
-        Agent(home, group, store, table, limits, levels).begin()
+        Agent(home, way_of(home), group, store, table, limits, levels).begin()
         gc.collect()
         gc.freeze()

@@ -17,10 +17,11 @@ from slum.errors import SlumError, Unreachable
 from slum.model import Key, Level, Service
 from slum.node.actions import Broken, Missing, Prepared, Working
 from slum.node.describe import Describer
+from slum.node.doors import Way
 from slum.node.failures import exit_words
+from slum.node.fetch import fetch_blob
 from slum.node.hands import clear
 from slum.node.limits.groups import Limits
-from slum.node.link import fetch_blob
 from slum.node.oneoff import BUILD, PRE_DEPLOY, Oneoffs
 from slum.node.roster import Clock, Roster, releases_in_use
 from slum.node.store import Store
@@ -37,6 +38,7 @@ class Preparer:
     def __init__(
         self,
         home: Home,
+        way: Way,
         store: Store,
         roster: Roster,
         describer: Describer,
@@ -47,6 +49,7 @@ class Preparer:
         group: asyncio.TaskGroup,
     ) -> None:
         self._home = home
+        self._way = way
         self._store = store
         self._roster = roster
         self._describer = describer
@@ -146,7 +149,7 @@ class Preparer:
         gid = self._describer.uid(service.name)
 
         async def fetch(digest: str, folder: Path) -> Path:
-            return await fetch_blob(self._home.api_socket, digest, folder)
+            return await fetch_blob(self._way, digest, folder)
 
         return await bundles.ensure(self._home, service.name, service.bundle, gid, fetch)
 

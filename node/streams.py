@@ -14,6 +14,7 @@ import msgspec
 
 from slum import log
 from slum.errors import SlumError, Unreachable
+from slum.node.doors import Door
 from slum.node.roster import Roster
 from slum.node.shell import Shells
 from slum.node.websocket import WebSocket, connect
@@ -34,21 +35,21 @@ class Streams:
         self._group = group
         self._open = 0
 
-    def open(self, asked: OpenStream) -> None:
-        """Begin the stream that *asked* names; over STREAMS_MAX it is not dialled, and the member's deadline passes."""
+    def open(self, asked: OpenStream, door: Door) -> None:
+        """Begin the stream that the member behind *door* asks for; over STREAMS_MAX it is not dialled, and the member's deadline passes."""
         if self._open >= STREAMS_MAX:
             log.get().warning("stream_refused", open=self._open)
             return
         self._open += 1
-        task = self._group.create_task(self._serve(asked), name=f"stream {asked.id[:8]}")
+        task = self._group.create_task(self._serve(asked, door), name=f"stream {asked.id[:8]}")
         task.add_done_callback(self._closed)
 
     def _closed(self, _task: asyncio.Task[None]) -> None:
         self._open -= 1
 
-    async def _serve(self, asked: OpenStream) -> None:
+    async def _serve(self, asked: OpenStream, door: Door) -> None:
         try:
-            async with await connect(self._home.api_socket, f"/v1/agent/streams/{asked.id}", DIAL_S) as socket:
+            async with await connect(door, f"/v1/agent/streams/{asked.id}", DIAL_S) as socket:
                 if isinstance(asked.request, LogsRequest):
                     await self._logs(asked.request, socket)
                 else:

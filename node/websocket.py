@@ -1,4 +1,4 @@
-"""A WebSocket client over a unix socket, as small as an agent needs it: whole binary messages, ping answered, bounded.
+"""A WebSocket client, over whatever a Door opens, as small as an agent needs it: whole binary messages, bounded.
 
 wsproto does the protocol (RFC 6455). A message over wire.FRAME_BYTES_MAX, a refused upgrade and a lost connection are
 Unreachable. One reader and one writer at a time.
@@ -25,9 +25,10 @@ from wsproto.events import (
 from wsproto.utilities import ProtocolError
 
 from slum.errors import Unreachable
+from slum.node.doors import READ_BYTES, Door, Unix
+from slum.node.home import NAME
 from slum.wire import FRAME_BYTES_MAX
 
-READ_BYTES = 64 << 10
 REASON_BYTES_MAX = 4096
 CLOSE_S = 1.0
 
@@ -95,7 +96,7 @@ class WebSocket:
             self._writer.transport.abort()
 
     async def _upgrade(self, target: str) -> None:
-        self._writer.write(self._protocol.send(Request(host="slum", target=target)))
+        self._writer.write(self._protocol.send(Request(host=NAME, target=target)))
         while not self._accepted:
             await self._hear()
 
@@ -144,11 +145,12 @@ class WebSocket:
                 raise Unreachable(f"the member closed the connection ({code}{': ' + reason if reason else ''})")
 
 
-async def connect(path: Path, target: str, timeout_s: float) -> WebSocket:
-    """Return an open WebSocket to *target* at the unix socket *path*; Unreachable when there is none in time."""
+async def connect(at: Path | Door, target: str, timeout_s: float) -> WebSocket:
+    """Return an open WebSocket to *target* at a unix socket or Door; Unreachable when there is none in time."""
+    door = Unix(at) if isinstance(at, Path) else at
     try:
         async with asyncio.timeout(timeout_s):
-            reader, writer = await asyncio.open_unix_connection(str(path), limit=READ_BYTES)
+            reader, writer = await door.open()
             socket = WebSocket(reader, writer)
             try:
                 await socket._upgrade(target)
@@ -157,6 +159,6 @@ async def connect(path: Path, target: str, timeout_s: float) -> WebSocket:
                 raise
             return socket
     except TimeoutError:
-        raise Unreachable(f"no answer at {path} within {timeout_s:g} s") from None
+        raise Unreachable(f"no answer at {door.name} within {timeout_s:g} s") from None
     except OSError as error:
-        raise Unreachable(f"nobody answers at {path}: {error.strerror}") from error
+        raise Unreachable(f"nobody answers at {door.name}: {error.strerror or error}") from error

@@ -267,8 +267,15 @@ class Refused(Message):
     fatal: bool = False
 
 
+class Servers(Message):
+    """Where members answer: said at once to an agent that dialled over TLS, and at each change. It keeps them on disk."""
+
+    servers: tuple[str, ...]
+    """https://HOST:PORT each."""
+
+
 FromAgent = Hello | Report | Heartbeat | Note
-ToAgent = Desired | OpenStream | Refused
+ToAgent = Desired | OpenStream | Refused | Servers
 OnStream = StreamData | StreamResize | StreamEnd
 
 encoder = msgspec.msgpack.Encoder()

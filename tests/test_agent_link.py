@@ -9,6 +9,7 @@ from fakes.member import Member
 
 from slum import wire
 from slum.model import Stamp
+from slum.node.doors import Door, Near
 from slum.node.link import Link
 
 
@@ -41,13 +42,13 @@ class Quiet:
 
     def desire(self, desired: wire.Desired) -> None: ...
 
-    def open_stream(self, request: wire.OpenStream) -> None: ...
+    def open_stream(self, request: wire.OpenStream, door: Door) -> None: ...
 
 
 async def test_a_new_proof_of_a_level_is_told_by_a_new_hello(tmp_path: Path) -> None:
     member, agent = Member(tmp_path / "api.sock"), Quiet()
     await member.start()
-    link = Link(member.path, agent)
+    link = Link(Near(member.path), agent)
     task = asyncio.create_task(link.run())
     try:
         await member.until(lambda: len(member.hellos) == 1)
