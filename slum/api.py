@@ -402,3 +402,71 @@ class Revoked(Frozen):
     seq: int
     certificates: int
     """How many were revoked; unused tokens of the subject went too."""
+
+
+# --- several members --------------------------------------------------------------------------------------------------
+
+
+class ClusterMember(Frozen):
+    """One member of the control plane as the one that answers knows it; None is: not known."""
+
+    id: str
+    role: str
+    """"leader", "follower", "learner" (follows, has no vote), "down", "fenced" (of a generation that was replaced), "refused"."""
+    address: str
+    api: str = ""
+    epoch: int | None = None
+    seq: int | None = None
+    lag: int | None = None
+    """Entries that it lacks."""
+    contact_s: float | None = None
+    """How long ago it was last heard; 0 for the one that answers."""
+    clock_off_s: float | None = None
+    protocol: int | None = None
+    certificate_s: float | None = None
+    """How long its front's certificate is still good; negative when it has expired."""
+    followed: bool = False
+    """Whether what its agents say is heard here."""
+
+
+class ClusterAlarm(Frozen):
+    """Something that somebody should look at; docs/ledger.md lists the kinds."""
+
+    kind: str
+    member: str
+    why: str
+    hint: str = ""
+
+
+class ClusterView(Frozen):
+    """How the control plane stands, as one member sees it."""
+
+    member: str
+    """The one that answers."""
+    cluster: str
+    role: str
+    leader: str | None
+    generation: int
+    epoch: int
+    term: int
+    seq: int
+    age_s: float
+    """How old what this member knows may be: since it last heard a leader."""
+    majority: bool
+    """Whether changes can be committed from here."""
+    protocol: int
+    members: tuple[ClusterMember, ...]
+    alarms: tuple[ClusterAlarm, ...] = ()
+
+
+class MembersRequest(Frozen):
+    """Add a member that joined with a token (it asks itself), or remove one: one of the two."""
+
+    add: MemberOffer | None = None
+    remove: str | None = None
+    host: str = ""
+
+
+class MembersChanged(Frozen):
+    members: tuple[str, ...]
+    """Who votes from now on."""

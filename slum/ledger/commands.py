@@ -8,12 +8,15 @@ ignored, a new command is gated by SetProtocol.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
 from slum.frozen import Sparse
 from slum.model import Fleet
+
+if TYPE_CHECKING:
+    from slum.ledger.status import LedgerStatus
 
 PROTOCOL = 1
 ENTRY_BYTES_MAX = 1 << 20
@@ -43,7 +46,10 @@ class SetDesired(Command):
 
 
 class SetOverride(Command):
-    """Stop, start or restart instances: each is (machine, service, id). Rejected "missing" when one is not desired."""
+    """Stop, start or restart instances: each is (machine, service, id). Rejected "missing" when one is not desired.
+
+    Drain and undrain take whole machines: each is (machine, "", ""), and holds for what is declared there later, too.
+    """
 
     verb: str
     instances: tuple[tuple[str, str, str], ...]
@@ -93,9 +99,6 @@ class Record(Command):
     """Events that must outlive the leader (what agents noted), batched by the server: at most 200 each."""
 
     events: tuple[NoteEvent, ...]
-
-
-# --- what the ledger itself commits -----------------------------------------------------------------------------------
 
 
 # --- who may come in --------------------------------------------------------------------------------------------------
@@ -173,6 +176,9 @@ class Revoke(Command):
     subject: str = ""
     serial: str = ""
     why: str = ""
+
+
+# --- what the ledger itself commits -----------------------------------------------------------------------------------
 
 
 class Barrier(Command):
@@ -308,6 +314,10 @@ class Ledger(Protocol):
     async def leader(self) -> LeaderInfo: ...
 
     async def members(self) -> tuple[Member, ...]: ...
+
+    async def status(self, *, deadline_s: float) -> LedgerStatus:
+        """Return how the ledger and its members stand, as this one sees them."""
+        ...
 
 
 def new_request_id(random_hex: str, seen_seq: int) -> str:

@@ -9,7 +9,7 @@ from starlette.applications import Starlette
 
 from slum import api
 from slum.model import Fleet
-from slum.server import memberwire, routes_blobs, routes_fleet, routes_members, routes_read, routes_streams
+from slum.server import cluster, memberwire, routes_blobs, routes_fleet, routes_members, routes_read, routes_streams
 from slum.server.control import Control
 from slum.server.openapi import openapi_document
 from slum.server.problems import json_response
@@ -192,6 +192,22 @@ ROUTES: tuple[Route, ...] = (
         handler=routes_streams.get_agent_stream,
         kind=Kind.WEBSOCKET,
         summary="An agent's end of a stream that it was asked for; an id is valid once",
+    ),
+    Route(
+        method="GET",
+        path="/v1/cluster",
+        handler=routes_members.get_cluster,
+        response=api.ClusterView,
+        summary="The members of the control plane: roles, epoch, lag, contact, certificates, alarms",
+    ),
+    Route(
+        method="POST",
+        path="/v1/members",
+        handler=routes_members.post_members,
+        request=api.MembersRequest,
+        response=api.MembersChanged,
+        deadline_s=cluster.CHANGE_S + 5.0,
+        summary="Add or remove one member; answered when the new members have committed something",
     ),
     Route(
         method="GET",

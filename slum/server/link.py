@@ -15,6 +15,7 @@ from typing import TypeVar
 from slum import log
 from slum.errors import QuorumLost, Unreachable
 from slum.ledger.commands import LeaderInfo, Ledger, Member, Proposal, Result
+from slum.ledger.status import LedgerStatus
 
 Connect = Callable[[], AbstractAsyncContextManager[Ledger]]
 T = TypeVar("T")
@@ -81,6 +82,10 @@ class Link:
     def silent_s(self) -> float:
         """How long ago the ledger last answered anything."""
         return time.monotonic() - self._heard_at
+
+    async def status(self) -> LedgerStatus:
+        """Return how the ledger stands, as this member sees it."""
+        return await self._call(lambda ledger, left_s: ledger.status(deadline_s=left_s), 2.0)
 
     async def members(self) -> tuple[Member, ...]:
         return await self._call(lambda ledger, _left_s: ledger.members(), 2.0)

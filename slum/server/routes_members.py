@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
-from slum.server import errands
+from slum import api
+from slum.errors import ConfigError
+from slum.ledger.commands import Member
+from slum.server import cluster, errands
 from slum.server.route import Call
 
 
 async def get_link(call: Call) -> None:
     await errands.serve(call.control, call.websocket)
+
+
+async def get_cluster(call: Call) -> api.ClusterView:
+    return await cluster.cluster_view(call.control)
+
+
+async def post_members(call: Call) -> api.MembersChanged:
+    asked: api.MembersRequest = call.body
+    if (asked.add is None) == (asked.remove is None):
+        raise ConfigError("a change adds one member or removes one")
+    add = None
+    if asked.add is not None:
+        add = Member(**{name: getattr(asked.add, name) for name in asked.add.__struct_fields__})
+    members = await cluster.change(call.control, add, asked.remove, call.peer.actor(asked.host))
+    return api.MembersChanged(members=tuple(member.id for member in members))

@@ -1,0 +1,116 @@
+"""How the control plane stands, and changes of who its members are: what is behind `slum status --cluster` and `slum server`.
+
+What is shown is this member's own knowledge and says its age. A change is made by the leader's ledger; any member's server
+passes it there. Who left loses its certificate, and the authority's key is sealed to those that stay.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import TYPE_CHECKING
+
+from slum import api, log
+from slum.errors import Conflict, QuorumLost, SlumError
+from slum.ledger.client import change_members
+from slum.ledger.commands import Member, Revoke, new_request_id
+from slum.server.memberwire import Change
+
+if TYPE_CHECKING:
+    from slum.server.control import Control
+
+CHANGE_S = 65.0
+"""A little more than the ledger's own patience."""
+
+
+async def cluster_view(control: Control) -> api.ClusterView:
+    """Return how all members stand, as this one knows."""
+    status = await control.link.status()
+    rows = {row.id: row for row in await control.link.members()}
+    ends = _certificate_ends(control)
+    now = time.time()
+    return api.ClusterView(
+        member=status.member,
+        cluster=status.cluster,
+        role=status.role,
+        leader=status.leader,
+        generation=status.generation,
+        epoch=status.epoch,
+        term=status.term,
+        seq=status.seq,
+        age_s=round(status.age_s, 3),
+        majority=status.majority,
+        protocol=status.protocol,
+        members=tuple(
+            api.ClusterMember(
+                id=member.id,
+                role=member.role,
+                address=member.address,
+                api=rows[member.id].api if member.id in rows else "",
+                epoch=member.epoch,
+                seq=member.seq,
+                lag=member.lag,
+                contact_s=None if member.contact_s is None else round(member.contact_s, 3),
+                clock_off_s=None if member.clock_off_s is None else round(member.clock_off_s, 3),
+                protocol=member.protocol,
+                certificate_s=None if member.id not in ends else round(ends[member.id] - now, 1),
+                followed=member.id == control.me or member.id in control.relay.up,
+            )
+            for member in status.members
+        ),
+        alarms=tuple(
+            api.ClusterAlarm(kind=one.kind, member=one.member, why=one.why, hint=one.hint) for one in status.alarms
+        ),
+    )
+
+
+def _certificate_ends(control: Control) -> dict[str, float]:
+    """Return when each member's newest certificate that is not revoked ends."""
+    ends: dict[str, float] = {}
+    for row in control.view.reader.certificates():
+        kind, _, name = row.subject.partition("/")
+        if kind == "member" and not row.revoked_at:
+            ends[name] = max(ends.get(name, 0.0), row.not_after)
+    return ends
+
+
+async def change(control: Control, add: Member | None, remove: str | None, actor: str) -> tuple[Member, ...]:
+    """Add or remove one member, at the leader, and return who votes then. May be repeated: what is so already is success."""
+    members = await control.link.members()
+    if add is not None and add in members:
+        return members
+    if remove is not None and all(row.id != remove for row in members):
+        return members
+    leader = (await control.link.leader()).member
+    if leader is None:
+        raise QuorumLost(
+            "nobody leads: the members cannot be changed", hint="`slum status --cluster` shows who is there"
+        )
+    if leader == control.me:
+        changed = await change_members(control.home.ledger_socket, add=add, remove=remove, deadline_s=CHANGE_S)
+    else:
+        changed = (await control.relay.call(leader, Change(add=add, remove=remove), CHANGE_S)).members
+    log.get().info("members_changed", added=add.id if add else None, removed=remove, members=[m.id for m in changed])
+    if remove is not None:
+        await _shut_out(control, remove, actor)
+    return changed
+
+
+async def _shut_out(control: Control, member: str, actor: str) -> None:
+    """Revoke the certificates of one that left; what cannot be revoked now is said, and can be by hand."""
+    command = Revoke(subject=f"member/{member}", why="it is no member any more")
+    try:
+        await control.commit(command, new_request_id(secrets.token_hex(16), control.view.seq()), actor)
+    except SlumError as error:
+        log.get().warning("certificate_not_revoked", member=member, why=error.message)
+
+
+def checked_removal(control: Control, member: str) -> None:
+    """Raise Conflict while a machine of the fleet is that member's own."""
+    local = f"local:{member}"
+    held = [row.machine for row in control.world().machines.values() if row.machine_id == local]
+    if held:
+        raise Conflict(
+            f"the machine of {member} is the tenement {held[0]!r} of the fleet",
+            hint="take it out of slum.toml and apply that first; nothing was changed",
+        )
