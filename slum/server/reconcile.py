@@ -21,6 +21,7 @@ from slum.operators.registry import make_operator
 from slum.server.boot import operator_site
 from slum.server.control import Control, Sight
 from slum.server.decide import Action, Create, Destroy, Known, Recognise, Situation, Wanted, decide, key_of
+from slum.server.localmember import LocalOfMember, member_of
 from slum.server.view import World
 
 TIMER_S = 30.0
@@ -55,6 +56,8 @@ class Reconciler:
                         for action in self._decide(leader, group):
                             self._busy.add(action.machine)
                             group.create_task(self._perform(action, leader), name=f"reconcile {action.machine}")
+                    else:
+                        self._control.troubles.clear()
                 except QuorumLost as error:
                     log.get().info("reconcile_waits", why=error.message)
                     await asyncio.sleep(BACKOFF_S[0])
@@ -94,7 +97,7 @@ class Reconciler:
                 observed=observed,
                 settled_at={name: self._sights[name].settled_at for name in observed},
                 hosts={
-                    name: f"local:{operator.member or leader.member}"
+                    name: f"local:{self._member_of(operator, world)}"
                     for name, operator in definitions.items()
                     if isinstance(operator, model.LocalOperator)
                 },
@@ -122,10 +125,26 @@ class Reconciler:
         made: dict[str, Operator] = {}
         for name, definition in definitions.items():
             try:
-                made[name] = make_operator(definition, site)
+                made[name] = self._elsewhere(definition, leader) or make_operator(definition, site)
             except SlumError as error:
                 log.get().warning("operator_unusable", operator=name, why=error.message)
         return made
+
+    def _elsewhere(self, definition: model.Operator, leader: LeaderInfo) -> Operator | None:
+        """Return the operator of a local machine that is another member's; None for all that is called from here."""
+        if not isinstance(definition, model.LocalOperator):
+            return None
+        member = self._member_of(definition, self._control.world())
+        if not member:
+            raise ConfigError(
+                f"operators.{definition.name}: with several members `member` must say whose machine it is"
+            )
+        if member == self._control.me:
+            return None
+        return LocalOfMember(self._control.relay, member, (leader.generation, leader.epoch, leader.term))
+
+    def _member_of(self, definition: model.LocalOperator, world: World) -> str:
+        return member_of(definition, world.machines.values(), [row.id for row in world.cluster.members])
 
     async def _look(self, name: str, operator: Operator, cluster: str) -> None:
         machines, pause, acts = None, BACKOFF_S[2], self._acts[name]

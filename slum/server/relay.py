@@ -54,6 +54,10 @@ class Relay:
         """The other members, as last read."""
         return tuple(name for name in self._members if name != self.me)
 
+    def knows(self, member: str) -> bool:
+        """Tell whether *member* is one; also as long as the members were not read yet."""
+        return not self._members or member in self._members
+
     async def run(self) -> None:
         """Follow every other member until cancelled."""
         feeds: dict[str, tuple[Member, asyncio.Task[None]]] = {}
