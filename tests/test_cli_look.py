@@ -98,6 +98,10 @@ def test_status() -> None:
         "m1      leader  4      107  -    -\n"
         "m2      down    4      72   35   14 s"
     )
+    hung = msgspec.structs.replace(status, ledger=msgspec.structs.replace(status.ledger, silent_s=75.0))
+    lines = status_lines(hung, (), plain)
+    assert lines[1] == "ledger         does not answer; what it last said 75 s ago: leader m1, epoch 4, sequence 107"
+    assert lines[-1].startswith("nothing can be changed until the ledger answers")
     empty = FakeFleet().status()
     assert status_lines(empty, (), plain)[-1] == "nothing is declared yet: `slum init`, then `slum apply`"
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 import httpx
 import msgspec
 import pytest
-from server_support import Plane, a_fleet, a_plane, a_service, applied, eventually, get, problem
+from server_support import Plane, a_fleet, a_plane, a_service, applied, eventually, get, problem, put
 
 from slum import api
 from slum.server.app import ROUTES
@@ -96,6 +97,28 @@ async def test_status_names_the_ledger_and_its_members(plane: Plane, http: httpx
     assert (status.ledger.leader, status.ledger.members[0].role) == ("m1", "leader")
     assert status.data_dir == str(plane.home.data)
     assert status.pid == plane.running["server"].pid
+
+
+async def test_while_the_ledger_hangs_reads_say_so_and_writes_end(plane: Plane, http: httpx.AsyncClient) -> None:
+    await applied(http, a_fleet(a_service()))
+    before = await get(http, "status", api.Status)
+    assert before.ledger.silent_s is None
+    plane.running["ledger"].send_signal(signal.SIGSTOP)
+    status = await get(http, "status", api.Status)
+    assert status.ledger.silent_s is not None
+    assert (status.revision, status.ledger.leader, status.ledger.members) == (1, "m1", before.ledger.members)
+    for path in ("state", "fleet", "revisions", "instances", "explain/notes", "events", "events/verify"):
+        assert (await http.get(f"/v1/{path}")).status_code == 200, path
+    refused = await put(http, a_fleet(), 1)
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+    assert problem(refused).message == "the ledger does not answer"
+    assert "slum down" in problem(refused).hint
+    plane.running["ledger"].send_signal(signal.SIGCONT)
+
+    async def answers() -> bool:
+        return (await get(http, "status", api.Status)).ledger.silent_s is None
+
+    await eventually(answers)
 
 
 def test_the_actor_is_the_kernels_word_and_the_hosts_own_name() -> None:
