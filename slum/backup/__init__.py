@@ -1,0 +1,1 @@
+"""Backup and recovery: a mirror of the ledger's state in an object store by Litestream, and the way back from it."""

@@ -1,0 +1,391 @@
+"""One claim's life: take or resume a prefix, mirror what the ledger commits, send it, move HEAD; stop when superseded.
+
+Order of a step: apply to the mirror, send new bundles, let Litestream send and say so, then HEAD by compare-and-swap. So
+what HEAD names is always there whole. A claim is resumed only by whoever holds its token, and whose mirror still is a
+prefix of the ledger; else a new one is made from a fresh copy. Everything blocks; one thread.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from slum import __version__
+from slum.backup import bundles, litestream, manifest
+from slum.backup.config import Keys, Settings
+from slum.backup.litestream import Child, LitestreamFailed
+from slum.backup.manifest import Claim, Head, Verified
+from slum.backup.mirror import Feed, Mirror, backlog_bytes, remove
+from slum.backup.store import Store, Taken, probe
+from slum.errors import ConfigError, SlumError
+from slum.ledger import follow, schema
+from slum.ledger.refusal import Refusal
+from slum.ledger.schema import Position
+from slum.paths import Home
+
+MIRROR, MINE = "mirror.db", "claim.json"
+SYNC_S = 30.0
+SYNC_BYTES_S = 256 << 10
+"""The slowest line that a first upload is waited for."""
+START_S = 20.0
+ROWS_SHARE = 0.05
+"""At most this share of the time goes into hashing all rows."""
+TIDY_S = 3600.0
+Note = Callable[..., Any]
+
+
+class Superseded(SlumError):
+    """Another claim is in force: this one is over."""
+
+
+class NotAllowed(ConfigError):
+    """This ledger may not be backed up there; a person must decide."""
+
+
+class Overfull(SlumError):
+    """The store was away for so long that what waits for it outgrew its bound."""
+
+
+def folder_of(home: Home) -> Path:
+    return home.data / "backup"
+
+
+class Writer:
+    """A claim in force. Make one with opened()."""
+
+    def __init__(
+        self, home: Home, settings: Settings, keys: Keys, store: Store, claim: str, mirror: Mirror, lock: int
+    ) -> None:
+        self._home = home
+        self._settings = settings
+        self._store = store
+        self._mirror = mirror
+        self._lock = lock
+        self._feed = Feed(home.state)
+        self._folder = folder_of(home)
+        self.claim = claim
+        self.head: Head | None = None
+        """The HEAD that this claim moved last, or the one of before."""
+        self._tag = ""
+        self._sent_blobs: set[str] = set()
+        self._rows: tuple[str, int] = ("", -1)
+        self._rows_cost_s = 0.0
+        self._rows_at = 0.0
+        self._tidied_at = 0.0
+        self._first: tuple[int, float] | None = None
+        self.verified: Verified | None = None
+        self._control = control = home.private / "backup.sock"
+        target = litestream.replica(settings, keys, claim)
+        self._child = Child(
+            self._folder, control, litestream.configuration(settings, target, mirror.path, control), lock
+        )
+
+    @property
+    def child_pid(self) -> int:
+        return self._child.pid
+
+    @property
+    def runs(self) -> bool:
+        return self._child.runs
+
+    @property
+    def seq(self) -> int:
+        """All up to here is in the store."""
+        return self.head.seq if self.head is not None and self.head.claim == self.claim else -1
+
+    @property
+    def ledger_seq(self) -> int:
+        return self._feed.seq
+
+    @property
+    def backlog_bytes(self) -> int:
+        return backlog_bytes(self._mirror.path)
+
+    def start(self) -> None:
+        """Wait until Litestream answers, and make HEAD ours."""
+        end = time.monotonic() + START_S
+        while not self._control.exists():
+            if not self._child.runs or time.monotonic() > end:
+                raise LitestreamFailed("litestream does not start", hint="its words are in the log of the backup")
+            time.sleep(0.01)
+        self._read_head()
+        self.step()
+
+    def step(self) -> bool:
+        """Mirror, send and name what is new; True when there is more at once. Raises what stands in the way."""
+        if not self._child.runs:
+            raise LitestreamFailed("litestream ended by itself", hint="its words are in the log of the backup")
+        applied = self._apply()
+        if self.backlog_bytes > self._settings.backlog_mb << 20:
+            raise Overfull(f"more than {self._settings.backlog_mb} MiB wait for the store")
+        if self.seq < self._mirror.position.seq or self._has_more_to_say():
+            self._send()
+        self._tidy()
+        return applied
+
+    def close(self) -> None:
+        self._child.stop()
+        self._feed.close()
+        self._mirror.close()
+
+    def _apply(self) -> bool:
+        """Apply a bounded number of entries; True when it was not all."""
+        end = time.monotonic() + self._settings.interval_ms / 1000
+        while batch := self._feed.next(self._mirror.position):
+            done = 0
+            while done < len(batch):
+                taken = self._mirror.apply(batch[done:], time.time())
+                done += taken
+                if self._mirror.position.applied == 0:
+                    # A Seal: what may lie behind it in the journal never counts.
+                    break
+            if time.monotonic() > end:
+                return True
+        return False
+
+    def _has_more_to_say(self) -> bool:
+        head = self.head
+        if head is None or head.claim != self.claim:
+            return True
+        return head.verified != self.verified or (head.rows_seq != head.seq and self._may_hash())
+
+    def _may_hash(self) -> bool:
+        return time.monotonic() - self._rows_at >= self._rows_cost_s / ROWS_SHARE
+
+    def _send(self) -> None:
+        named = self._mirror.blobs_named() - self._sent_blobs
+        if named:
+            there, _missing = bundles.send(self._store, self._home.blobs, named)
+            self._sent_blobs |= there
+        at = self._mirror.position
+        first_s = self._mirror.path.stat().st_size / SYNC_BYTES_S if self.seq < 0 else 0.0
+        synced = self._child.sync(SYNC_S + first_s)
+        if synced.replicated_txid < synced.txid:
+            raise LitestreamFailed(f"litestream sent transaction {synced.replicated_txid} of {synced.txid}")
+        if self._may_hash():
+            began = time.monotonic()
+            self._rows = (self._mirror.row_hash(), at.seq)
+            self._rows_at = time.monotonic()
+            self._rows_cost_s = self._rows_at - began
+        self._move_head(at, synced.txid)
+
+    def _move_head(self, at: Position, txid: int) -> None:
+        """Make HEAD name *at*; Superseded when it is a later claim's by now."""
+        while True:
+            if self.head is not None and self.head.claim != self.claim and self.head.seq > at.seq:
+                # The claimant of before is still at work and further on; the next step mirrors more.
+                return
+            data = manifest.encode(head := self._next_head(at, txid))
+            try:
+                self._tag = (
+                    self._store.replace(manifest.HEAD, data, self._tag)
+                    if self._tag
+                    else self._store.create(manifest.HEAD, data)
+                )
+            except Taken:
+                was = self._tag
+                self._read_head(at)
+                if self._tag == was:
+                    raise
+                continue
+            self.head = head
+            return
+
+    def _next_head(self, at: Position, txid: int) -> Head:
+        now = time.time()
+        if self._first is None:
+            self._first = (at.seq, now)
+        was = self.head
+        ours = was is not None and was.claim == self.claim
+        keep_s = self._settings.keep_days * 86400.0
+        former = manifest.kept(was.former, now, keep_s) if ours and was else manifest.former_of(was, now, keep_s)
+        return Head(
+            format=manifest.FORMAT,
+            cluster=at.cluster_id,
+            generation=at.generation,
+            lineage=at.lineage,
+            claim=self.claim,
+            member=at.leader.partition("/")[0],
+            schema=schema.SCHEMA,
+            version=__version__,
+            seq=at.seq,
+            chain=at.chain,
+            revision=at.revision,
+            at=now,
+            txid=txid,
+            bytes=self._mirror.path.stat().st_size,
+            rows=self._rows[0],
+            rows_seq=self._rows[1],
+            first_seq=was.first_seq if ours and was else self._first[0],
+            first_at=was.first_at if ours and was else self._first[1],
+            former=former,
+            verified=self.verified,
+        )
+
+    def _read_head(self, at: Position | None = None) -> None:
+        """Read HEAD; Superseded when it is a later claim's, NotAllowed when it is of another history."""
+        found = self._store.get(manifest.HEAD)
+        self.head, self._tag = (None, "") if found is None else (manifest.decode_head(found.data), found.tag)
+        if self.head is None:
+            return
+        at = at or self._mirror.position
+        is_ours = self.head.generation == at.generation and self.head.lineage == at.lineage
+        if is_ours and manifest.number_of(self.head.claim) > manifest.number_of(self.claim):
+            raise Superseded(f"claim {self.head.claim} of {self.head.member} has replaced {self.claim}")
+        _allow(self.head, at, seq=max(at.seq, self.head.seq))
+        if self.verified is None:
+            self.verified = self.head.verified
+
+    def _tidy(self) -> None:
+        """Once an hour forget what is older than the retention: entries, former claims, bundles."""
+        if time.monotonic() - self._tidied_at < TIDY_S and self._tidied_at:
+            return
+        self._tidied_at = time.monotonic()
+        head, now, keep_s = self.head, time.time(), self._settings.keep_days * 86400.0
+        self._mirror.prune(now - keep_s)
+        if head is None or head.claim != self.claim:
+            return
+        kept = {span.claim for span in head.spans}
+        for listed in list(self._store.list(manifest.CLAIMS)):
+            claim = listed.name.split("/")[1]
+            # What is not named and young may be a claim that somebody is just making.
+            if claim not in kept and now - listed.at > 86400.0:
+                self._store.delete(listed.name)
+        for digest in self._mirror.unnamed(bundles.in_store(self._store), now, keep_s):
+            self._store.delete(f"{manifest.BLOBS}/{digest}")
+            self._sent_blobs.discard(digest)
+
+
+def opened(home: Home, settings: Settings, keys: Keys, store: Store, *, member: str, note: Note, lock: int) -> Writer:
+    """Return the writer of the claim that this member has or takes now, its HEAD moved.
+
+    NotAllowed and Ignored say that a person must decide; StoreError and LitestreamFailed that it may be tried again.
+    """
+    folder = folder_of(home)
+    head_found = store.get(manifest.HEAD)
+    head = None if head_found is None else manifest.decode_head(head_found.data)
+    standing = follow.standing(home.state)
+    _allow(head, standing, seq=standing.seq)
+    probe(store)
+    writer = None
+    resumed = _resumed(folder, settings, store, head, standing)
+    if resumed is None:
+        claim = _claim(folder, settings, store, head, standing, member)
+        mirror = Mirror.make(home.state, folder / MIRROR)
+        note("backup_claimed", claim=claim, seq=mirror.position.seq, bytes=mirror.path.stat().st_size)
+    else:
+        claim, mirror = resumed
+        note("backup_resumed", claim=claim, seq=mirror.position.seq)
+    try:
+        writer = Writer(home, settings, keys, store, claim, mirror, lock)
+        writer.start()
+    except BaseException:
+        if writer is not None:
+            writer.close()
+        else:
+            mirror.close()
+        raise
+    return writer
+
+
+def forget(home: Home) -> None:
+    """Remove the mirror and the right to go on below its prefix."""
+    folder = folder_of(home)
+    (folder / MINE).unlink(missing_ok=True)
+    remove(folder / MIRROR)
+
+
+def locked(home: Home, wait_s: float) -> int:
+    """Return a descriptor that holds the backup's lock, which a Litestream that still ends may keep for a moment."""
+    folder = folder_of(home)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    end = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            if time.monotonic() > end:
+                os.close(descriptor)
+                raise SlumError(f"{folder}: another backup process runs on it", hint="stop that one first") from None
+            time.sleep(0.05)
+
+
+class _Mine(msgspec.Struct):
+    """What is remembered of the claim on this machine."""
+
+    claim: str
+    token: str
+    url: str
+
+
+def _resumed(
+    folder: Path, settings: Settings, store: Store, head: Head | None, standing: Position
+) -> tuple[str, Mirror] | None:
+    """Return the claim and mirror of before, when both still are in force; None, and nothing of them left, otherwise."""
+    mirror = None
+    with suppress(OSError, msgspec.MsgspecError, Refusal, follow.Gone):
+        mine = msgspec.json.decode((folder / MINE).read_bytes(), type=_Mine)
+        found = store.get(f"{manifest.prefix_of(mine.claim)}/claim.json")
+        claim = None if found is None else msgspec.json.decode(found.data, type=Claim)
+        if (
+            claim is not None
+            and claim.token == mine.token
+            and mine.url == settings.url
+            and head is not None
+            and head.claim == mine.claim
+            and head.generation == standing.generation
+        ):
+            mirror = Mirror.open(folder / MIRROR)
+            at = mirror.position
+            feed = Feed(folder.parent / "state")
+            try:
+                feed.next(at)
+            finally:
+                feed.close()
+            if at.seq >= head.seq:
+                return mine.claim, mirror
+    if mirror is not None:
+        mirror.close()
+    (folder / MINE).unlink(missing_ok=True)
+    remove(folder / MIRROR)
+    return None
+
+
+def _claim(folder: Path, settings: Settings, store: Store, head: Head | None, at: Position, member: str) -> str:
+    """Create a claim of our own and return its name."""
+    token = secrets.token_hex(16)
+    while True:
+        names = {listed.name.split("/")[1] for listed in store.list(manifest.CLAIMS)}
+        name = manifest.next_claim(head, at.generation, names)
+        claim = Claim(
+            format=manifest.FORMAT,
+            cluster=at.cluster_id,
+            generation=at.generation,
+            member=member,
+            token=token,
+            at=time.time(),
+            seq=at.seq,
+        )
+        try:
+            store.create(f"{manifest.prefix_of(name)}/claim.json", manifest.encode(claim))
+        except Taken:
+            continue
+        litestream.write_private(folder / MINE, {"claim": name, "token": token, "url": settings.url})
+        return name
+
+
+def _allow(head: Head | None, at: Position, *, seq: int) -> None:
+    why = manifest.why_not(head, cluster=at.cluster_id, generation=at.generation, lineage=at.lineage, seq=seq)
+    if why:
+        hint = "give this cluster an address of its own in server.toml, or restore from what is there"
+        raise NotAllowed(why, hint=hint)
