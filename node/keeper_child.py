@@ -17,6 +17,7 @@ import signal
 import socket
 from fcntl import F_DUPFD_CLOEXEC, fcntl
 
+from slum.node.keeper_fork import enter, fork_into
 from slum.node.keeper_proc import PR_SET_NO_NEW_PRIVS, prctl, read_bytes
 
 TYPE_CHECKING = False
@@ -155,13 +156,13 @@ def launch(
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        pid = os.fork()
+        pid, groups = fork_into(spawn["cgroup_procs"])
     except OSError:
         ours.close()
         theirs.close()
         raise
     if pid == 0:
-        _become(spawn, theirs.fileno(), listeners, stdio, fifo, heritage)
+        _become(spawn, theirs.fileno(), groups, listeners, stdio, fifo, heritage)
     theirs.close()
     ours.setblocking(False)
     return pid, ours
@@ -170,6 +171,7 @@ def launch(
 def _become(
     spawn: dict[str, Any],
     report: int,
+    groups: Sequence[str],
     listeners: Sequence[int],
     stdio: Sequence[int],
     fifo: str | None,
@@ -184,8 +186,8 @@ def _become(
         _close_but({report, *listeners, *stdio})
         os.setsid()
         step = "cgroup"
-        for path in spawn["cgroup_procs"]:
-            _write(path, b"0")
+        for path in groups:
+            enter(path)
         step = "oom_score_adj"
         if spawn["oom_score_adj"] is not None or heritage.oom_protected:
             _write("/proc/self/oom_score_adj", str(spawn["oom_score_adj"] or 0).encode())

@@ -145,6 +145,7 @@ class Children:
             self.by_name[child.name] = child
             if alive:
                 self._open_output(child, child.spawn, fresh=False)
+                self._open_log(child)
             elif child.running:
                 self._exited(child, None)
             elif child.spawn["respawn"]:
@@ -167,7 +168,8 @@ class Children:
 
     def _launch(self, child: Child, spawn: dict[str, Any], stdio: Sequence[int]) -> None:
         listeners = self._sockets(spawn["listeners"])
-        if child.output is None and not stdio:
+        opened = child.output is None and not stdio
+        if opened:
             self._open_output(child, spawn, fresh=True)
         child.pid, control = launch(
             spawn,
@@ -189,6 +191,8 @@ class Children:
         child.control = control
         self._by_pid[child.pid] = child
         _tell_go(control)
+        if opened:
+            self._open_log(child)  # a folder and a file on disk, which the program need not wait for
         self._loop.watch(control.fileno(), lambda _mask: self._started(child))
         child.deadline = self._loop.after(START_DEADLINE_S, lambda: self._too_slow(child))
 
@@ -301,13 +305,15 @@ class Children:
             return
         output = Output(self._loop, f"{self._fifos}/{file_name(child.name)}", spawn["log"])
         try:
-            trouble = output.open(spawn.get("uid"), spawn.get("gid"), fresh=fresh)
+            output.open(spawn.get("uid"), spawn.get("gid"), fresh=fresh)
             child.output = output
         except OSError as error:
             if fresh:
                 raise
-            trouble = f"its FIFO: {error.strerror}"
-        if trouble:
+            self._say(f"{child.name} is not logged now: its FIFO: {error.strerror}")
+
+    def _open_log(self, child: Child) -> None:
+        if child.output is not None and (trouble := child.output.open_log()):
             self._say(f"{child.name} is not logged now: {trouble}")
 
     def _close_output(self, child: Child) -> None:

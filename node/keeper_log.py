@@ -164,11 +164,10 @@ class Output:
         self._dropped = 0
         self._fd = -1
 
-    def open(self, uid: int | None, gid: int | None, *, fresh: bool) -> str | None:
+    def open(self, uid: int | None, gid: int | None, *, fresh: bool) -> None:
         """Make the FIFO anew, readable and writable by *uid* alone, or (not *fresh*) open the one that is there.
 
-        Returns why the log file cannot be opened (a full disk), which is tried again with each write; OSError when the
-        FIFO cannot be.
+        OSError when it cannot be. The log file is opened by the first line, or before it by ``open_log``.
         """
         if fresh:
             unlink_if_there(self.fifo)
@@ -182,6 +181,9 @@ class Output:
             raise
         self._fd = fd
         self._loop.watch(fd, self._readable)
+
+    def open_log(self) -> str | None:
+        """Open the log file; return why it cannot be (a full disk), which is tried again with each write."""
         try:
             self._file.open()
         except OSError as error:

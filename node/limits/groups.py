@@ -88,8 +88,11 @@ class Limits:
         folders = [place.base / checked(name) for place in self._places]
         try:
             for place, folder in zip(self._places, folders, strict=True):
-                folder.mkdir(parents=True, exist_ok=True)
-                for file, value, needed in settings(place, memory_mb, cpu_shares, pids):
+                asked_here = settings(place, memory_mb, cpu_shares, pids)
+                if made(folder):  # and so limits nothing: what would be written is there
+                    unlimited = settings(place, None, None, None)
+                    asked_here = tuple(each for each in asked_here if each not in unlimited)
+                for file, value, needed in asked_here:
                     write(folder / file, value, needed=needed)
         except OSError as error:
             raise SlumError(f"cgroup {name} cannot be made: {error}", hint="slum doctor") from error
@@ -210,6 +213,17 @@ def settings(
     if PIDS in place.controllers:
         wanted += [("pids.max", str(pids + WALL_PROCESSES) if pids else "max", True)]
     return tuple(wanted)
+
+
+def made(folder: Path) -> bool:
+    """Make the group *folder*; return False when it was there."""
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    except FileNotFoundError:
+        folder.mkdir(parents=True, exist_ok=True)
+    return True
 
 
 def removed(folder: Path) -> bool:
