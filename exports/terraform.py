@@ -305,7 +305,7 @@ def _ssh(operator: SshOperator, tenements: Sequence[Tenement], losses: Losses) -
         fields: dict[str, Value] = {"host": host.host, "port": host.port, "user": host.user or operator.user}
         fields["labels"] = {label.name: label.value for label in host.labels}
         hosts.append(fields | ({"fingerprint": host.fingerprint} if host.fingerprint is not None else {}))
-    named = {"key": operator.key, "jump": operator.jump, "known_hosts": operator.known_hosts}
+    named = {name: getattr(operator, name) for name in ("key", "jump", "jump_fingerprint", "known_hosts")}
     access: dict[str, Value] = {"host_key": str(operator.host_key)}
     return {
         "hosts": hosts,

@@ -230,7 +230,7 @@ OPERATORS: Mapping[str, tuple[type[Any], Mapping[str, KeySpec]]] = {
         SshOperator,
         {
             **_need("hosts", hosts, (SshHost(host="x"),)),
-            **_plain(text, "user", "key", "jump"),
+            **_plain(text, "user", "key", "jump", "jump_fingerprint"),
             **_plain(choice(HostKeyPolicy), "host_key"),
             **_plain(text, "known_hosts"),
         },

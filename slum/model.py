@@ -174,6 +174,8 @@ class SshOperator(Sparse, tag="ssh", tag_field="type"):
     user: str = "root"
     key: str | None = None
     jump: str | None = None
+    jump_fingerprint: str | None = None
+    """As a host's; the jump host obeys *host_key* else."""
     host_key: HostKeyPolicy = HostKeyPolicy.ACCEPT_NEW
     known_hosts: str | None = None
 

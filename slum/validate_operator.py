@@ -72,6 +72,11 @@ def _check_ssh(operator: SshOperator, at: At) -> Iterator[Problem]:
         return
     yield from _matches(_USER, operator.user, (*at, "user"), "is no user name")
     yield from _matches(_JUMP, operator.jump, (*at, "jump"), "is not user@host:port")
+    yield from _matches(
+        _FINGERPRINT, operator.jump_fingerprint, (*at, "jump_fingerprint"), "is no fingerprint such as SHA256:..."
+    )
+    if operator.host_key is HostKeyPolicy.PINNED and operator.jump and not operator.jump_fingerprint:
+        yield Problem(at=(*at, "jump"), message='has no jump_fingerprint, which host_key = "pinned" needs')
     for key in ("key", "known_hosts"):
         path = getattr(operator, key)
         if path is not None:

@@ -22,9 +22,10 @@ variable "tenements" {
 variable "access" {
   description = "How the hosts are reached: paths and names only."
   type = object({
-    key         = optional(string)
-    jump        = optional(string)
-    host_key    = string
-    known_hosts = optional(string)
+    key              = optional(string)
+    jump             = optional(string)
+    jump_fingerprint = optional(string)
+    host_key         = string
+    known_hosts      = optional(string)
   })
 }

@@ -1,0 +1,454 @@
+"""The far end of a bootstrap: this file's text is run by the host's own Python (3.11+, as root) at the end of an SSH channel.
+
+It reads requests from stdin, a JSON line each, some followed by bytes, and answers each with a JSON line. Every verb
+leaves the host as it was or as it shall be, whenever it is killed: files and whole folders are renamed into place once
+complete. What changes something is done under one lock a host, with the fencing token of whoever asks checked there.
+Standard library only. Must never print or keep a request, which may hold a join token.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+OPT = Path("/opt/slum")
+WHEELS = OPT / "wheels"
+DATA = Path("/var/lib/slum")
+GONE = Path("/var/lib/slum-gone")
+RECORD = DATA / "host.json"
+IDENTITY = DATA / "agent/identity.json"
+BOOT = DATA / "boot.json"
+KEEPER = "/run/slum/p/keeper.sock"
+LOCK = "/run/slum-bootstrap.lock"
+UNIT = Path("/etc/systemd/system/slum.service")
+PROGRAMS = {"bwrap": "bubblewrap", "nft": "nftables"}
+IDLE_S = 60
+"""Whoever asks is gone when nothing comes for so long, even if the network does not say so."""
+OUTPUT_MAX = 64 << 10
+DEAD_MAX = 100
+ENVIRONMENT = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": "/root",
+    "LANG": "C.UTF-8",
+    "DEBIAN_FRONTEND": "noninteractive",
+}
+PR_SET_PDEATHSIG = 1
+
+Fields = dict[str, Any]
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Refused(Exception):
+    """Not done: a code for programs, words for people."""
+
+    def __init__(self, code: str, why: str) -> None:
+        super().__init__(why)
+        self.code = code
+
+
+def main(requests: BinaryIO, answers: BinaryIO) -> None:
+    """Serve until the other side says nothing more."""
+    while True:
+        signal.alarm(IDLE_S)
+        line = requests.readline()
+        if not line.endswith(b"\n"):
+            return
+        request = json.loads(line)
+        try:
+            if request["do"] != "put":
+                signal.alarm(0)
+            answer = VERBS[request.pop("do")](requests, **request)
+        except Refused as error:
+            answer = {"code": error.code, "error": str(error)}
+        except OSError as error:
+            answer = {"code": _code(error), "error": f"{error.filename or 'the host'}: {error.strerror or error}"}
+        answers.write(json.dumps(answer).encode() + b"\n")
+        answers.flush()
+
+
+def _code(error: OSError) -> str:
+    return {28: "disk_full", 122: "disk_full", 30: "read_only"}.get(error.errno or 0, "os")
+
+
+def facts(_requests: BinaryIO) -> Fields:
+    """Tell what this host is and has. Changes nothing, needs no lock."""
+    release = platform.freedesktop_os_release() if os.path.exists("/etc/os-release") else {}
+    record, identity = _read(RECORD), _read(IDENTITY)
+    libc_name, libc_version = platform.libc_ver()
+    return {
+        "distribution": release.get("PRETTY_NAME", "unknown"),
+        "python": platform.python_version(),
+        "arch": platform.machine(),
+        "libc": f"{libc_name or 'musl'} {libc_version or '1.2'}",
+        "systemd": os.path.isdir("/run/systemd/system"),
+        "free_mb": min(_free_mb(OPT), _free_mb(DATA)),
+        "read_only": [str(path) for path in (OPT, DATA) if not os.access(_existing(path), os.W_OK)],
+        "missing": [package for program, package in PROGRAMS.items() if not _which(program)],
+        "apt": _which("apt-get"),
+        "installed": sorted(path.name for path in _children(OPT) if (path / "bin/slum").exists()),
+        "wheels": sorted(path.name for path in _children(WHEELS) if _children(path)),
+        "claim": record.get("claim") or {},
+        "identity": identity,
+        "runs": _runs(identity),
+        "unit": UNIT.read_text() if UNIT.exists() else "",
+        "agent_python": _agent_python(),
+    }
+
+
+def take(_requests: BinaryIO, cluster: str, fence: list[int], wait_s: float) -> Fields:
+    """Take the host's lock for as long as this process lives, unless somebody with a newer token was here.
+
+    A holder of the same cluster with a token no newer than *fence* is ended: it is a leader that was, or a call that
+    was given up. An empty *fence* (a person) waits.
+    """
+    lock = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    end = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            holder = _holder(lock)
+            if fence and holder.get("cluster") == cluster and holder.get("fence", []) <= fence:
+                _end(holder)
+            elif time.monotonic() > end:
+                raise Refused("busy", "another bootstrap is at work on this host") from None
+            time.sleep(0.05)
+    record = _read(RECORD)
+    if fence and record.get("cluster") == cluster and record.get("fence", []) > fence:
+        raise Refused("fenced", "a newer leader of the control plane was here")
+    me = {"pid": os.getpid(), "start": _start_time(os.getpid()), "cluster": cluster, "fence": fence}
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, json.dumps(me).encode(), 0)
+    if fence and (record.get("cluster") != cluster or record.get("fence") != fence):
+        if record.get("claim") and record.get("cluster") != cluster:
+            raise Refused("taken", f"it holds {record['claim'].get('machine')!r} of another control plane")
+        _write(RECORD, {**record, "cluster": cluster, "fence": fence})
+    _tidy()
+    return {}
+
+
+def claim(_requests: BinaryIO, name: str, cluster: str, key: str, machine: str, tenement: str) -> Fields:
+    """Make this the host of *key*; Refused when it is another's, or when *key* was destroyed here before."""
+    record, identity = _read(RECORD), _read(IDENTITY)
+    held = record.get("claim") or {}
+    if name in record.get("dead", ()):
+        raise Refused("dead", f"{key} was destroyed here and comes back as a later incarnation only")
+    if held and held.get("name") != name:
+        raise Refused("taken", f"it holds {held.get('machine')!r} of the fleet already")
+    if not held and identity and (identity.get("cluster"), identity.get("key")) != (cluster, key):
+        raise Refused("taken", f"slum runs here as {identity.get('tenement')!r} already")
+    wanted = {"name": name, "key": key, "machine": machine, "tenement": tenement}
+    if held != wanted:
+        _write(RECORD, {**record, "cluster": cluster, "claim": wanted})
+    return {}
+
+
+def put(requests: BinaryIO, path: str, size: int, sha256: str, mode: int) -> Fields:
+    """Write the *size* bytes that follow to *path*: whole, with that digest, or not at all."""
+    target, digest, left = Path(path), hashlib.sha256(), size
+    temporary = target.with_name(f".slum-new-{secrets.token_hex(6)}")
+    trouble: OSError | None = None
+    try:
+        target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        file: BinaryIO = open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, 0o600))  # noqa: SIM115
+    except OSError as error:
+        trouble, file = error, open(os.devnull, "wb")  # noqa: SIM115 - what was announced is read in any case
+    with file:
+        while left:
+            signal.alarm(IDLE_S)
+            data = requests.read(min(left, 1 << 18))
+            if not data:
+                temporary.unlink(missing_ok=True)
+                sys.exit(0)
+            left -= len(data)
+            digest.update(data)
+            try:
+                if trouble is None:
+                    file.write(data)
+            except OSError as error:
+                trouble = error
+        try:
+            if trouble is None:
+                file.flush()
+                os.fchmod(file.fileno(), mode)
+                os.fsync(file.fileno())
+        except OSError as error:
+            trouble = error
+    if trouble is not None or digest.hexdigest() != sha256:
+        temporary.unlink(missing_ok=True)
+        if trouble is not None:
+            raise OSError(trouble.errno, trouble.strerror, path)
+        raise Refused("damaged", f"{path} arrived with another digest than it was sent with")
+    os.rename(temporary, target)
+    return {}
+
+
+def install(_requests: BinaryIO, name: str, wheels: dict[str, str]) -> Fields:
+    """Make OPT/name a virtual environment of *wheels* (digest by file name); it is there complete or not at all."""
+    target, new = OPT / name, OPT / f".slum-new-{secrets.token_hex(6)}"
+    if target.exists():
+        return {"output": ""}
+    files = [WHEELS / digest / file for file, digest in wheels.items()]
+    for file in files:
+        if _digest(file) != file.parent.name:
+            file.unlink()
+            raise Refused("damaged", f"{file} was damaged and is removed; do it again")
+    uv = _unpacked_uv(next(file for file in files if file.name.startswith("uv-")), new)
+    common = ["--offline", "--no-cache", "--no-config", "--quiet"]
+    python = getattr(sys, "_base_executable", sys.executable)
+    output = _told([uv, "venv", *common, "--relocatable", "--no-project", "--python", python, str(new / "venv")], 120)
+    paths = [str(file) for file in files]
+    into = ["--python", str(new / "venv/bin/python")]
+    output += _told(
+        [uv, "pip", "install", *common, *into, "--no-index", "--no-deps", "--link-mode", "copy", *paths], 300
+    )
+    _told([str(new / "venv/bin/python"), "-I", "-c", "import slum.node.agent, slum.cli.main"], 60)
+    _synced(new)
+    os.rename(new / "venv", target)
+    shutil.rmtree(new)
+    return {"output": output}
+
+
+def run(_requests: BinaryIO, argv: list[str], stdin: str, timeout_s: float) -> Fields:
+    """Run *argv* with *stdin* and return its exit status and the end of what it wrote."""
+    status, output = _ran(argv, timeout_s, stdin)
+    return {"status": status, "output": output}
+
+
+def leave(_requests: BinaryIO, name: str, cluster: str) -> Fields:
+    """Stop the agent and the services of machine *name* and forget it; another's are not touched. Its data is kept aside."""
+    record, identity = _read(RECORD), _read(IDENTITY)
+    held = record.get("claim") or {}
+    if held.get("name") != name:
+        if name not in record.get("dead", ()) and not held and record.get("cluster") in (None, cluster):
+            _write(RECORD, {**record, "dead": [*record.get("dead", ()), name][-DEAD_MAX:]})
+        return {"left": False}
+    systemd = os.path.isdir("/run/systemd/system") and UNIT.exists()
+    python = _agent_python() or record.get("python", "")
+    if python:
+        record["python"] = python
+        _write(RECORD, record)
+    BOOT.unlink(missing_ok=True)
+    if systemd:
+        _told(["systemctl", "disable", "--quiet", UNIT.name], 30)
+    if python and os.path.exists(python):
+        _told([python, "-P", "-m", "slum.cli.main", "down", "--services"], 100)
+    elif _answers(KEEPER):
+        raise Refused("os", "a keeper runs here and no slum is there to stop it with")
+    if systemd:
+        _told(["systemctl", "stop", UNIT.name], 30)
+        UNIT.unlink(missing_ok=True)
+        _told(["systemctl", "daemon-reload"], 30)
+    aside = GONE / name
+    if identity or (DATA / "services").exists():
+        aside.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for part in ("services", "logs"):
+        if (DATA / part).exists() and not (aside / part).exists():
+            os.rename(DATA / part, aside / part)
+    IDENTITY.unlink(missing_ok=True)
+    for part in ("agent", "bundles"):
+        shutil.rmtree(DATA / part, ignore_errors=True)
+    dead = [*(one for one in record.get("dead", ()) if one != name), name][-DEAD_MAX:]
+    _write(RECORD, {**record, "claim": None, "dead": dead, "python": ""})
+    return {"left": True}
+
+
+VERBS: dict[str, Callable[..., Fields]] = {
+    "facts": facts,
+    "take": take,
+    "claim": claim,
+    "put": put,
+    "install": install,
+    "run": run,
+    "leave": leave,
+}
+
+
+def _tidy() -> None:
+    """Remove what a killed predecessor left half done."""
+    for folder in (OPT, *_children(WHEELS)):
+        for path in _children(folder, hidden=True):
+            if path.name.startswith(".slum-new-"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _synced(folder: Path) -> None:
+    """Return when all of *folder*'s file system is on disk."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if libc.syncfs(fd) != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
+    finally:
+        os.close(fd)
+
+
+def _unpacked_uv(wheel: Path, folder: Path) -> str:
+    import zipfile
+
+    folder.mkdir(mode=0o755, parents=True)
+    with zipfile.ZipFile(wheel) as archive:
+        member = next(name for name in archive.namelist() if name.endswith(".data/scripts/uv"))
+        with archive.open(member) as source, open(folder / "uv", "xb") as target:
+            shutil.copyfileobj(source, target)
+    (folder / "uv").chmod(0o755)
+    return str(folder / "uv")
+
+
+def _told(argv: list[str], timeout_s: float) -> str:
+    """Run *argv* and return what it wrote; Refused with its last words when it fails."""
+    status, output = _ran(argv, timeout_s)
+    if status != 0:
+        words = output.strip().splitlines()[-3:]
+        code = "disk_full" if "No space left" in output or "os error 28" in output else "failed"
+        raise Refused(code, f"`{Path(argv[0]).name} {argv[1]}` ended with {status}: {' / '.join(words)}")
+    return output
+
+
+def _ran(argv: list[str], timeout_s: float, stdin: str = "") -> tuple[int, str]:
+    """Run *argv*, ended with us unless it is apt, and with all that it started when the time is over."""
+    kept = os.path.basename(argv[0]) == "apt-get"  # half-configured packages are worse than a second round
+    parent = os.getpid()
+
+    def die_with_us() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    with subprocess.Popen(
+        argv,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=ENVIRONMENT,
+        cwd="/",
+        start_new_session=True,
+        preexec_fn=None if kept else die_with_us,  # noqa: PLW1509 - one thread only
+    ) as process:
+        try:
+            output, _ = process.communicate(stdin.encode(), timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            raise Refused("timeout", f"`{Path(argv[0]).name}` did not end within {timeout_s:g} s") from None
+    return process.returncode, output[-OUTPUT_MAX:].decode(errors="replace")
+
+
+def _holder(lock: int) -> Fields:
+    try:
+        found: Fields = json.loads(os.pread(lock, 4096, 0) or b"{}")
+    except ValueError:
+        return {}
+    return found
+
+
+def _end(holder: Fields) -> None:
+    """Kill the process of the lock's holder, if it is still that process."""
+    pid = holder.get("pid", 0)
+    if pid and _start_time(pid) == holder.get("start"):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+
+
+def _start_time(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+def _runs(identity: Fields) -> bool:
+    """Tell whether the machine of *identity* has joined completely and its keeper answers."""
+    return bool(identity) and BOOT.exists() and (DATA / "agent/node.crt").exists() and _answers(KEEPER)
+
+
+def _answers(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as link:
+        link.settimeout(2)
+        try:
+            link.connect(path)
+        except OSError:
+            return False
+    return True
+
+
+def _agent_python() -> str:
+    """Return the Python that the keeper starts the agent with, "" when there is none."""
+    children = _read(BOOT).get("children", [])
+    return next((str(child["argv"][0]) for child in children if child.get("name") == "agent"), "")
+
+
+def _read(path: Path) -> Fields:
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise Refused("damaged", f"{path} cannot be read: {error}; remove it") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _write(path: Path, fields: Fields) -> None:
+    path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            json.dump(fields, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _children(folder: Path, *, hidden: bool = False) -> list[Path]:
+    try:
+        return [path for path in folder.iterdir() if hidden or not path.name.startswith(".")]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _existing(path: Path) -> Path:
+    """Return *path*, or the nearest folder above it that is there."""
+    return next(one for one in (path, *path.parents) if one.exists())
+
+
+def _free_mb(path: Path) -> int:
+    found = os.statvfs(_existing(path))
+    return found.f_bavail * found.f_frsize >> 20
+
+
+def _which(program: str) -> bool:
+    return shutil.which(program, path=ENVIRONMENT["PATH"]) is not None
+
+
+if __name__ == "__main__":
+    os.umask(0o022)
+    main(sys.stdin.buffer, sys.stdout.buffer)

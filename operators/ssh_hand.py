@@ -1,0 +1,125 @@
+"""This side of the hand that works on a host (bootstrap_hand.py): starts it over an SSH connection and asks it for things.
+
+One command line of shell finds root (or `sudo -n`) and a Python of 3.11 or later, and starts it with the hand's text,
+which comes by stdin like all that follows. Nothing of what is asked stands in an argument of any process.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import asyncssh
+
+from slum.errors import OperatorError
+
+PROGRAM = Path(__file__).with_name("bootstrap_hand.py")
+CHUNK_BYTES = 1 << 18
+TOO_OLD = 77
+PYTHONS = ("python3", "python3.14", "python3.13", "python3.12", "python3.11", "/usr/local/bin/python3")
+_LOADER = (
+    f"import sys;sys.version_info<(3,11) and sys.exit({TOO_OLD});"
+    "f=sys.stdin.buffer;exec(compile(f.read(int(f.readline())),chr(60)+chr(62),chr(101)+chr(120)+chr(101)+chr(99)))"
+)
+COMMAND = f"""exec sh -c '
+pre=
+if [ "$(id -u)" != 0 ]; then
+  if command -v sudo >/dev/null 2>&1 && sudo -n true >/dev/null 2>&1; then pre="sudo -n"; else echo "no-root $(id -un)"; exit 0; fi
+fi
+seen=
+for p in {" ".join(PYTHONS)}; do
+  command -v $p >/dev/null 2>&1 || continue
+  $pre $p -I -c "{_LOADER}"
+  code=$?
+  [ $code = {TOO_OLD} ] || exit $code
+  seen="$seen $p is $($p -V 2>&1);"
+done
+echo "no-python$seen"
+'"""
+
+
+class Hand:
+    """A running hand. Not safe for two tasks at once."""
+
+    def __init__(self, where: str, process: asyncssh.SSHClientProcess[bytes]) -> None:
+        self._where = where
+        self._process = process
+
+    async def ask(self, do: str, payload: tuple[BinaryIO, int] | None = None, **fields: Any) -> dict[str, Any]:
+        """Return the answer to verb *do*; OperatorError with the hand's code when it is not done."""
+        request = json.dumps({"do": do, **fields}).encode() + b"\n"
+        try:
+            self._process.stdin.write(request)
+            if payload is not None:
+                file, left = payload
+                while left:
+                    data = file.read(min(left, CHUNK_BYTES))
+                    if not data:
+                        raise OperatorError(f"{self._where}: what is to be uploaded became shorter")
+                    left -= len(data)
+                    self._process.stdin.write(data)
+                    await self._process.stdin.drain()
+            line = await self._process.stdout.readline()
+        except (asyncssh.Error, OSError) as error:
+            raise OperatorError(
+                f"{self._where}: the connection broke while `{do}` was under way: {error}", provider_code="unreachable"
+            ) from error
+        return self._answer(do, line)
+
+    def _answer(self, do: str, line: bytes) -> dict[str, Any]:
+        if not line.endswith(b"\n"):
+            raise OperatorError(
+                f"{self._where}: the connection ended while `{do}` was under way",
+                hint="it is safe to do again: it goes on where it was",
+                provider_code="unreachable",
+            )
+        first = line.decode(errors="replace").strip()
+        if first.startswith("no-root"):
+            user = first.partition(" ")[2]
+            raise OperatorError(
+                f"{self._where}: {user!r} is not root and may not run `sudo -n`",
+                hint=f'connect as root, or let it: echo "{user} ALL=(ALL) NOPASSWD: ALL" > /etc/sudoers.d/{user}',
+                provider_code="no_root",
+            )
+        if first.startswith("no-python"):
+            seen = first.removeprefix("no-python").strip(" ;")
+            raise OperatorError(
+                f"{self._where}: no Python of 3.11 or later is there{f': {seen}' if seen else ''}",
+                hint="Debian 12 has one: apt install python3; elsewhere install it as /usr/local/bin/python3",
+                provider_code="no_python",
+            )
+        try:
+            answer: dict[str, Any] = json.loads(first)
+        except ValueError as error:
+            raise OperatorError(
+                f"{self._where}: it answered with something else: {first[:200]!r}",
+                hint="does the user's shell print something when no terminal is there?",
+            ) from error
+        if "error" in answer:
+            raise OperatorError(
+                f"{self._where}: {answer['error']}", hint=HINTS.get(answer["code"], ""), provider_code=answer["code"]
+            )
+        return answer
+
+
+HINTS = {
+    "disk_full": "make room on the host (slum needs some 400 MB below /opt); it goes on where it was",
+    "read_only": "mount it read-write; slum needs /opt/slum, /var/lib/slum and /run",
+    "busy": "wait for it, then do it again",
+    "taken": "a host holds one machine: remove that one first, or name another host",
+    "dead": "the control plane makes a new one by itself",
+}
+
+
+@asynccontextmanager
+async def working(where: str, connection: asyncssh.SSHClientConnection) -> AsyncIterator[Hand]:
+    """Yield a Hand that works as root on the host of *connection*; with the block's end it ends."""
+    text = PROGRAM.read_bytes()
+    process = await connection.create_process(COMMAND, encoding=None, stderr=asyncssh.DEVNULL)
+    async with process:
+        process.stdin.write(b"%d\n" % len(text) + text)
+        yield Hand(where, process)
+        process.stdin.write_eof()
