@@ -121,6 +121,17 @@ def spawn(home: Home, wanted: Spawn) -> bool:
     return True
 
 
+def restart(home: Home, name: str) -> None:
+    """Have the program *name* read its files anew, if it runs: the keeper starts it again."""
+    try:
+        call(home, "signal", name=name)
+    except KeeperError as error:
+        if error.kind != "missing":
+            raise
+    except Unreachable:
+        return
+
+
 def shut_down(home: Home, names: set[str], grace_s: float = GRACE_S) -> tuple[str, ...]:
     """Let the keeper end *names* and return those that ran when they are gone; SlumError when they do not go."""
     were = running(home, names)

@@ -19,15 +19,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from slum.errors import ConfigError
+from slum.errors import ConfigError, SlumError
 from slum.frozen import Frozen
 from slum.model import Level
 from slum.node import metadata
+from slum.node.home import read_home, read_identity, read_line
 from slum.node.limits.detect import detect
 from slum.node.router import find_caddy
 from slum.node.runners.registry import probe_levels, runners
+from slum.node.service import is_installed
 from slum.node.types import Available, Unavailable
 from slum.paths import Home
+from slum.units import unit_name
 
 PYTHON_MIN = (3, 11)
 DISK_FREE_BYTES_MIN = 1 << 30
@@ -63,7 +66,8 @@ def examine(home: Home) -> tuple[Check, ...]:
         clock(),
         disk(home),
         open_files(),
-        supervisor(container),
+        supervisor(home, container),
+        *node(home),
     )
 
 
@@ -161,12 +165,37 @@ def open_files() -> Check:
     return Check(ok="ok", what="open files", detail=detail)
 
 
-def supervisor(container: str | None) -> Check:
+def supervisor(home: Home, container: str | None) -> Check:
     where = f", in a container ({container})" if container else ""
-    if Path("/run/systemd/system").is_dir():
-        return Check(ok="ok", what="init", detail=f"systemd{where}")
-    detail = f"no systemd{where}: nothing starts slum after a reboot"
-    return Check(ok="warn", what="init", detail=detail, fix="have your init run `slum up` at boot")
+    if not Path("/run/systemd/system").is_dir():
+        detail = f"no systemd{where}: nothing starts slum after a reboot"
+        return Check(
+            ok="warn", what="init", detail=detail, fix="have your init run `slum up` at boot (docs/joining.md)"
+        )
+    if is_installed(home):
+        return Check(ok="ok", what="init", detail=f"systemd{where}: {unit_name(home)} is installed")
+    return Check(ok="ok", what="init", detail=f"systemd{where}")
+
+
+def node(home: Home) -> Iterator[Check]:
+    """Yield what this machine is in a fleet whose control plane is elsewhere; nothing where it is not."""
+    try:
+        told, identity, line = read_home(home), read_identity(home), read_line(home)
+    except SlumError as error:
+        yield Check(ok="warn", what="node", detail=error.message, fix=error.hint)
+        return
+    if told is None or identity is None:
+        return
+    detail = f"{identity.tenement} of fleet {told.fleet or told.cluster}, members {', '.join(told.servers)}"
+    left_days = (told.not_after - time.time()) / 86400
+    age = f"certificate valid for {left_days:.0f} days" if left_days >= 0 else "certificate expired"
+    if line is None:
+        yield Check(ok="warn", what="node", detail=f"{detail}; no agent runs; {age}", fix="slum up")
+    elif not line.server:
+        fix = f"services go on; it is dialled on. Look at the address, and at {home.own_log('agent')}"
+        yield Check(ok="warn", what="node", detail=f"{detail}; not connected: {line.why}; {age}", fix=fix)
+    else:
+        yield Check(ok="ok", what="node", detail=f"{detail}; connected to {line.server}; {age}")
 
 
 def container_kind() -> str | None:

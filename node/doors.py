@@ -150,7 +150,8 @@ class Far:
                 log.get().warning("server_not_understood", why=error.message)
         if not urls or tuple(urls) == self.told.servers:
             return
-        self.told = msgspec.structs.replace(self.told, servers=tuple(urls))
+        # Read anew: a renewal may have written it meanwhile.
+        self.told = msgspec.structs.replace(homes.read_home(self._home) or self.told, servers=tuple(urls))
         log.get().info("servers_learned", servers=urls)
         try:
             homes.write_home(self._home, self.told)

@@ -95,6 +95,16 @@ def has_joined(home: Home) -> bool:
     return files(home).home.exists()
 
 
+def refuse_node(home: Home) -> None:
+    """Return unless this machine is a node of a control plane elsewhere; ConfigError then: it gets none of its own."""
+    told = read_home(home)
+    if told is not None:
+        raise ConfigError(
+            f"this machine is a node of fleet {told.fleet or told.cluster}, whose control plane is at {told.servers[0]}",
+            hint="do it where the control plane is, or from anywhere: `slum context add NAME URL --token-file FILE`",
+        )
+
+
 def read_home(home: Home) -> HomeFile | None:
     """Return what home.json says, None without one; SlumError when it cannot be understood."""
     path = files(home).home
@@ -149,6 +159,11 @@ def address_of(url: str) -> tuple[str, int]:
     """Return host and port of a checked URL."""
     parts = urlsplit(url)
     return parts.hostname or "", parts.port or PORT
+
+
+def host_name() -> str:
+    """Return what this machine calls itself."""
+    return os.uname().nodename
 
 
 def digest(text: str) -> str:

@@ -10,7 +10,7 @@ from slum import api
 from slum.cli.base import Invocation, command
 from slum.cli.story import explain_lines
 from slum.cli.target import service_argument, split_target
-from slum.cli.views import member_lines, ps_lines, status_lines
+from slum.cli.views import cluster_lines, ps_lines, status_lines
 from slum.errors import ConfigError
 from slum.render import closest
 
@@ -51,14 +51,29 @@ def ps(asked: Invocation, service: str | None) -> None:
 )
 @click.option("--cluster", is_flag=True, help="The members of the control plane instead.")
 def status(asked: Invocation, cluster: bool) -> None:
-    """Show the control plane, its machines, and what is not well."""
+    """Show the control plane, its machines, and what is not well; on a node (`slum join`) what it is a node of."""
+    from slum.cli.join import status_of_node
+    from slum.node.home import has_joined
+
+    if has_joined(asked.home):
+        status_of_node(asked)
+        return
+    if cluster:
+        with asked.client() as client:
+            view = client.cluster()
+        if asked.json:
+            asked.emit(view)
+            return
+        for line in cluster_lines(view, asked.paint):
+            asked.say(line)
+        return
     with asked.client() as client:
         found = client.status()
-        instances = () if asked.json or cluster else client.instances()
+        instances = () if asked.json else client.instances()
     if asked.json:
-        asked.emit(found.ledger if cluster else found)
+        asked.emit(found)
         return
-    lines = member_lines(found.ledger, asked.paint) if cluster else status_lines(found, instances, asked.paint)
+    lines = status_lines(found, instances, asked.paint)
     for line in lines:
         asked.say(line)
 

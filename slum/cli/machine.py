@@ -1,10 +1,10 @@
-"""What concerns this machine: `slum up`, `down`, `doctor`, `server run`, `version`, `completion`."""
+"""What concerns this machine: `slum up`, `down`, `doctor`, `version`, `completion`."""
 
 from __future__ import annotations
 
 import click
 
-from slum.cli.base import Invocation, SlumGroup, command
+from slum.cli.base import Invocation, command
 from slum.errors import SlumError, Unhealthy
 
 NEEDED = frozenset({"machine", "process", "namespace", "router"})
@@ -22,8 +22,15 @@ SHELLS = ("bash", "zsh", "fish")
 def up(asked: Invocation) -> None:
     """Start keeper, ledger, server and agent on this machine, or find them running.
 
-    They restart each other from then on. Services that were declared come back with them.
+    They restart each other from then on. Services that were declared come back with them. On a node (`slum join`) these are
+    the keeper and the agent.
     """
+    from slum.cli.join import up_node
+    from slum.node.home import has_joined
+
+    if has_joined(asked.home):
+        up_node(asked)
+        return
     new = start(asked, quiet=True)
     if asked.json:
         asked.emit({"started": new, "data_dir": str(asked.home.data), "run_dir": str(asked.home.run)})
@@ -46,21 +53,21 @@ def down(asked: Invocation, services: bool) -> None:
 
     Nothing is forgotten: `slum up` goes on where this stopped, and starts the services again that --services stopped.
     """
+    from slum.node.home import has_joined
     from slum.render import quantity
     from slum.server import boot
 
     done = boot.down(asked.home, services=services)
+    what = "the agent" if has_joined(asked.home) else "control plane and agent"
     if asked.json:
         asked.emit(done)
     elif not done.stopped:
         asked.say("nothing runs here")
     elif services:
-        asked.say("stopped control plane, agent and services; `slum up` brings them back")
+        asked.say(f"stopped {what}, and all services; `slum up` brings them back")
     else:
         on = f"{quantity(done.left, 'other process', 'other processes')} (services, router) run on, untouched"
-        asked.say(
-            f"stopped control plane and agent; {on if done.left else 'nothing else ran'}. `slum up` brings them back"
-        )
+        asked.say(f"stopped {what}; {on if done.left else 'nothing else ran'}. `slum up` brings them back")
 
 
 @command(
@@ -93,39 +100,6 @@ def doctor(asked: Invocation) -> int | None:
     if broken:
         asked.say("slum cannot run services here yet: see the lines marked `no`")
     return Unhealthy.exit_code if broken else None
-
-
-@command(
-    "run",
-    examples="""
-    slum server run
-    slum server run --data-dir /srv/slum
-    """,
-)
-def server_run(asked: Invocation) -> None:
-    """Be the keeper in the foreground, with ledger, server and agent as its children: what `slum up` does detached.
-
-    For systemd and containers. SIGTERM ends it; services live on and are adopted by the next one.
-    """
-    import os
-
-    from slum.node.boot import check_keeper
-    from slum.node.keeperclient import keeper_command
-    from slum.server import boot
-
-    check_keeper(asked.home)
-    boot.write_boot(asked.home)
-    words, env = keeper_command(asked.home)
-    asked.note(f"keeper in the foreground (data {asked.home.data}); its log is {asked.home.own_log('keeper')}")
-    os.execve(words[0], words, env)
-
-
-@click.group("server", cls=SlumGroup, epilog="  slum server run", no_args_is_help=False)
-def server() -> None:
-    """Run the control plane in the foreground."""
-
-
-server.add_command(server_run)
 
 
 @command(
@@ -176,10 +150,15 @@ def completion(asked: Invocation, shell: str) -> None:
 
 
 def start(asked: Invocation, *, quiet: bool = False) -> bool:
-    """Start the control plane here unless it runs; says so unless *quiet*. True when it was started now."""
+    """Start the control plane here unless it runs; says so unless *quiet*. True when it was started now.
+
+    ConfigError on a node of another control plane.
+    """
     from slum.cli.prepare import passing
+    from slum.node.home import refuse_node
     from slum.server import boot
 
+    refuse_node(asked.home)
     with passing(asked, "starting a control plane"):
         new = bool(boot.up(asked.home))
     if new and not quiet and not asked.json:
