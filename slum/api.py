@@ -127,6 +127,39 @@ class MachineView(Frozen):
     detail: str = ""
 
 
+class PauseStep(Frozen):
+    """One thing that would be done on `resume`. *what*: "create", "destroy", "start", "change", "stop", "leave"."""
+
+    what: str
+    machine: str
+    service: str = ""
+    id: str = ""
+    detail: str = ""
+
+
+class PauseView(Frozen):
+    """Whether machines and services are left as they are, since when and why, and what resuming would do to them."""
+
+    paused: bool
+    since: float = 0.0
+    actor: str = ""
+    why: str = ""
+    steps: tuple[PauseStep, ...] = ()
+    waiting: tuple[str, ...] = ()
+    """What has not been seen yet, so that the steps may be more: operators, machines whose agents have not reported."""
+
+
+class ResumeRequest(Frozen):
+    request_id: str
+    host: str = ""
+
+
+class Resumed(Frozen):
+    seq: int
+    changed: bool
+    """False when it was not paused."""
+
+
 class FleetCheck(Frozen):
     """What the operators' providers say to a fleet that is not applied yet."""
 

@@ -106,6 +106,14 @@ class CertificateRow(Frozen):
     revoked_at: float
 
 
+class PauseRow(Frozen):
+    """Since when, by whom and why machines and services are left as they are."""
+
+    since: float
+    actor: str
+    why: str
+
+
 DesiredRow = tuple[int, Fleet, str, float, str]
 """(revision, fleet, digest, at, actor)"""
 
@@ -190,6 +198,16 @@ class Reader:
             " GROUP BY machines.machine, machines.incarnation ORDER BY machines.machine, machines.incarnation"
         )
         return tuple(_structs(MachineRow, rows))
+
+    def paused(self) -> PauseRow | None:
+        """Return the pause of the reconcile loop that is in force, None when there is none."""
+        rows = self._rows(
+            "SELECT kind, at, actor, why FROM events WHERE kind IN (?, ?) AND subject = ? ORDER BY number DESC LIMIT 1",
+            (events.PAUSED, events.RESUMED, events.RECONCILE),
+        )
+        if not rows or rows[0][0] != events.PAUSED:
+            return None
+        return PauseRow(since=rows[0][1], actor=rows[0][2], why=rows[0][3])
 
     def open_intents(self) -> tuple[IntentRow, ...]:
         """Return the intents without an outcome, oldest first."""

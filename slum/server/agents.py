@@ -107,6 +107,10 @@ class Hub:
         if self._world is not None and self._world.seq == world.seq:
             return
         self._world = world
+        if world.paused is not None:
+            # What runs goes on as it is, whatever an older state says of it.
+            self._moved.beat()
+            return
         new = advance(self.desired, world)
         moved = [machine for machine, desired in new.items() if self.desired.get(machine) is not desired]
         old, self.desired = self.desired, new

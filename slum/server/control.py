@@ -21,6 +21,8 @@ from slum.paths import Home
 from slum.server import observed
 from slum.server.agents import Hub
 from slum.server.blobs import Blobs
+from slum.server.copies import Copies
+from slum.server.decide import Action
 from slum.server.elsewhere import Elsewhere
 from slum.server.link import Link
 from slum.server.notes import Notes
@@ -71,6 +73,8 @@ class Control:
         self.started_at = time.time()
         self.pid = os.getpid()
 
+        self.foretold: tuple[Action, ...] | None = None
+        """While it is paused: what the reconcile loop would do to machines; None where it does not run."""
     def world(self) -> World:
         """Return the newest committed state; what changed with it is pushed to the agents."""
         world = self.view.world()

@@ -12,6 +12,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 
 from slum import log, model
 from slum.errors import ConfigError, OperatorError, QuorumLost, SlumError
@@ -78,7 +79,8 @@ class Reconciler:
             for tenement in world.fleet.tenements
             for machine in tenement.machine_names
         )
-        self._note_leaving(world, {one.machine for one in wanted})
+        if world.paused is None:
+            self._note_leaving(world, {one.machine for one in wanted})
         definitions = self._definitions(world, wanted)
         now = time.monotonic()
         for name, operator in self._operators(definitions, leader).items():
@@ -90,21 +92,25 @@ class Reconciler:
             for name, sight in self._sights.items()
             if name in definitions and sight.machines is not None
         }
-        return decide(
-            Situation(
-                wanted=wanted,
-                known=known_machines(world),
-                observed=observed,
-                settled_at={name: self._sights[name].settled_at for name in observed},
-                hosts={
-                    name: f"local:{self._member_of(operator, world)}"
-                    for name, operator in definitions.items()
-                    if isinstance(operator, model.LocalOperator)
-                },
-                drained=frozenset(machine for machine in self._leaving if self._is_drained(machine, now)),
-                resting=frozenset(self._busy | {m for m, (_, at) in self._failures.items() if at > now}),
-            )
+        situation = Situation(
+            wanted=wanted,
+            known=known_machines(world),
+            observed=observed,
+            settled_at={name: self._sights[name].settled_at for name in observed},
+            hosts={
+                name: f"local:{self._member_of(operator, world)}"
+                for name, operator in definitions.items()
+                if isinstance(operator, model.LocalOperator)
+            },
+            drained=frozenset(machine for machine in self._leaving if self._is_drained(machine, now)),
+            resting=frozenset(self._busy | {m for m, (_, at) in self._failures.items() if at > now}),
         )
+        if world.paused is not None:
+            everything = frozenset(known.machine for known in situation.known)
+            self._control.foretold = decide(replace(situation, drained=everything))
+            return ()
+        self._control.foretold = None
+        return decide(situation)
 
     def _definitions(self, world: World, wanted: tuple[Wanted, ...]) -> dict[str, model.Operator]:
         """Return the operators that are concerned: of the fleet, or of the last revision that still declared them."""

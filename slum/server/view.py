@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from slum.errors import QuorumLost
-from slum.ledger.reader import ClusterRow, MachineRow, Reader
+from slum.ledger.reader import ClusterRow, MachineRow, PauseRow, Reader
 from slum.model import Fleet, Service, Tenement
 from slum.wire import Override
 
@@ -37,6 +37,8 @@ class World:
     """The newest incarnation of each machine, by its name in the fleet; destroyed ones are left out."""
     rows: tuple[MachineRow, ...] = ()
     """Every incarnation of every machine."""
+    paused: PauseRow | None = None
+    """Set after a restore, until somebody resumes: agents are told nothing, and nothing is done to machines."""
 
     def tenement_of(self, machine: str) -> Tenement | None:
         """Return the [tenement.X] that *machine* is one of, if the fleet declares it."""
@@ -107,6 +109,7 @@ class View:
             drained=drained,
             machines={machine: row for machine, row in newest.items() if row.state != "destroyed"},
             rows=rows,
+            paused=self.reader.paused(),
         )
 
 
