@@ -133,7 +133,7 @@ class Observed(Frozen):
     marks: tuple[Mark, ...] = ()
     good: Good | None = None
     restarts: int = 0
-    """Ends that nobody asked for since the target changed."""
+    """Starts since the target changed that followed an end nobody asked for."""
 
     @property
     def living(self) -> tuple[Generation, ...]:
@@ -163,13 +163,15 @@ def rebooted(seen: Observed, restart: Restart | None) -> Observed:
 
 
 def started(seen: Observed, generation: Generation) -> Observed:
-    """Return *seen* with one generation more, whose number becomes the counter when it is higher."""
+    """Return *seen* with one generation more, whose number becomes the counter when it is higher. May be repeated."""
+    again = generation.number > seen.counter and _last_was_unasked(seen)
     rest = tuple(g for g in seen.generations if g.number != generation.number)
     return msgspec.structs.replace(
         seen,
         generations=tuple(sorted((*rest, generation), key=lambda g: g.number)),
         sockets=tuple(sorted({*seen.sockets, generation.socket})) if routed(generation.service) else seen.sockets,
         counter=max(seen.counter, generation.number),
+        restarts=seen.restarts + again,
     )
 
 
@@ -222,11 +224,7 @@ def ended(seen: Observed, number: int, status: int | None, at: float, *, oom: bo
     seen = staged(seen, number, Ended())
     if any(p.generation == number for p in seen.past):
         return seen
-    return msgspec.structs.replace(
-        seen,
-        past=(*seen.past, past)[-PAST_MAX:],
-        restarts=seen.restarts + (not past.asked or past.why != ""),
-    )
+    return msgspec.structs.replace(seen, past=(*seen.past, past)[-PAST_MAX:])
 
 
 def reaped(seen: Observed, number: int) -> Observed:
@@ -254,6 +252,12 @@ def socket_closed(seen: Observed, socket: int) -> Observed:
 def given_up(seen: Observed, mark: Mark) -> Observed:
     rest = tuple(m for m in seen.marks if m.release != mark.release)
     return msgspec.structs.replace(seen, marks=(*rest, mark))
+
+
+def _last_was_unasked(seen: Observed) -> bool:
+    """Return whether the youngest generation that ended under this target did so by itself, or failed."""
+    last = max((p for p in seen.past if p.at >= seen.since), key=lambda p: p.generation, default=None)
+    return last is not None and (not last.asked or last.why != "")
 
 
 def _ready_since(stage: Ready | Draining | Stopping) -> float | None:
