@@ -127,6 +127,25 @@ async def test_a_body_that_is_no_request_is_bad_input(http: httpx.AsyncClient, b
     assert problem(answer).code == "bad_input"
 
 
+async def test_a_field_that_the_api_does_not_know_is_refused_with_the_nearest(http: httpx.AsyncClient) -> None:
+    asked = api.ApplyRequest(fleet=a_fleet(a_service()), base_revision=0, request_id=request_id())
+    body = msgspec.to_builtins(asked)
+    body["wy"] = "a slip"
+    body["fleet"]["tenements"][0]["services"][0]["memory_limit"] = 64
+    body["fleet"]["operators"][0]["membr"] = "m1"
+    answer = await http.put("/v1/fleet", content=msgspec.json.encode(body))
+    assert answer.status_code == 400
+    assert sorted(problem(answer).details) == [
+        "fleet.operators[0].membr: unknown field; did you mean `member`?",
+        "fleet.tenements[0].services[0].memory_limit: unknown field; did you mean `memory_limit_mb`?",
+        "wy: unknown field; did you mean `why`?",
+    ]
+    assert (await get(http, "fleet", api.FleetDoc)).revision == 0
+    act = {"verb": "stop", "service": "notes", "request_id": request_id(), "force": True}
+    answer = await http.post("/v1/actions", content=msgspec.json.encode(act))
+    assert (answer.status_code, problem(answer).message) == (400, "force: unknown field")
+
+
 async def test_a_body_over_the_cap_is_refused(http: httpx.AsyncClient) -> None:
     answer = await http.put("/v1/fleet", content=b" " * ((16 << 20) + 1))
     assert answer.status_code == 413

@@ -340,7 +340,7 @@ async def test_logs_without_an_agent_say_so(http: httpx.AsyncClient) -> None:
     [
         ({"service": "nots"}, 404, "did you mean 'notes'?"),
         ({"service": "notes", "grep": "("}, 400, "no regular expression"),
-        ({"service": "notes", "folow": "1"}, 400, "folow"),
+        ({"service": "notes", "folow": "1"}, 400, "folow: unknown parameter; did you mean `follow`?"),
         ({"service": "notes", "tail": "many"}, 400, "tail"),
         ({}, 400, "service"),
     ],

@@ -27,6 +27,7 @@ from slum.server.control import Control
 from slum.server.peer import Peer
 from slum.server.problems import BUG, Missing, TooLarge, json_response, problem_response
 from slum.server.streams import refuse
+from slum.server.strict import refuse_names, refuse_unknown
 
 DEADLINE_S = 20.0
 BODY_BYTES_MAX = 64 << 10
@@ -148,13 +149,16 @@ async def _body(request: Request, route: Route) -> Any:
         if len(data) > route.body_bytes_max:
             raise TooLarge(f"the body is larger than {route.body_bytes_max:,} bytes")
     try:
-        return msgspec.json.decode(data, type=route.request)
+        asked = msgspec.json.decode(data, type=route.request)
     except (msgspec.DecodeError, RecursionError) as error:
         raise ConfigError(f"the body is not {route.request.__name__}: {error}") from error
+    refuse_unknown(data, route.request)
+    return asked
 
 
 def decode_query(given: QueryParams, kind: type[Frozen]) -> Any:
     """Return the query string as *kind*; a field that is a tuple takes every value, others the last one."""
+    refuse_names(given, kind)
     hints = get_type_hints(kind)
     values = {name: given.getlist(name) if get_origin(hints.get(name)) is tuple else given[name] for name in set(given)}
     try:
