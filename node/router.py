@@ -87,7 +87,7 @@ async def ensure(keeper: KeeperClient, home: Home, wanted: Wanted) -> tuple[str,
     running = next((child for child in await keeper.list_children() if child.name == NAME), None)
     if running is None or not running.running or running.meta.get("made_of") != spawn.meta["made_of"]:
         await end(keeper)
-        _write(config_file(home), config)
+        write_config(config_file(home), config, ROUTER_UID)
         await keeper.spawn(spawn)
         await _answering(home)
     for listener in await keeper.listeners():
@@ -105,17 +105,17 @@ async def stop(keeper: KeeperClient) -> None:
             await keeper.close_listener(listener.name)
 
 
-async def end(keeper: KeeperClient) -> None:
+async def end(keeper: KeeperClient, name: str = NAME) -> None:
     """End the router: TERM lets requests in flight finish, for STOP_S; connections wait. Nothing to end is fine."""
-    if not any(child.name == NAME for child in await keeper.list_children()):
+    if not any(child.name == name for child in await keeper.list_children()):
         return
-    await keeper.stop_respawn(NAME)
+    await keeper.stop_respawn(name)
     for signum in (signal.SIGTERM, signal.SIGKILL):
-        if await _exited(keeper, signum):
+        if await _exited(keeper, name, signum):
             break
     else:
-        raise SlumError("the router does not end, not even by SIGKILL")
-    await keeper.forget(NAME)
+        raise SlumError(f"the {name} does not end, not even by SIGKILL")
+    await keeper.forget(name)
 
 
 def make_folders(home: Home) -> None:
@@ -153,7 +153,7 @@ def router_spawn(home: Home, addresses: Sequence[str], config: Json, folders: Se
     caddy = find_caddy().resolve()
     command: tuple[str, ...] = (str(caddy), "run", "--config", str(config_file(home)))
     files: tuple[OpenFile, ...] = ()
-    if root and not _reachable(caddy):
+    if root and not reachable(caddy):
         # An installation in root's own home: the keeper opens the program before it becomes the router's user.
         fd = FIRST_FD + len(addresses) + 1
         command, files = (f"/proc/self/fd/{fd}", *command[1:]), (OpenFile(path=str(caddy), fd=fd),)
@@ -232,16 +232,16 @@ async def _answering(home: Home) -> None:
         ) from error
 
 
-async def _exited(keeper: KeeperClient, signum: signal.Signals) -> bool:
-    """Send *signum* and return whether the router is gone within STOP_S."""
+async def _exited(keeper: KeeperClient, name: str, signum: signal.Signals) -> bool:
+    """Send *signum* and return whether *name* is gone within STOP_S."""
     try:
-        await keeper.signal(NAME, signum)
+        await keeper.signal(name, signum)
     except KeeperError as error:
         if error.kind != "missing":
             raise
     deadline = asyncio.get_running_loop().time() + STOP_S
     while asyncio.get_running_loop().time() < deadline:
-        if not any(child.name == NAME and child.running for child in await keeper.list_children()):
+        if not any(child.name == name and child.running for child in await keeper.list_children()):
             return True
         await asyncio.sleep(0.02)
     return False
@@ -263,8 +263,8 @@ def _wall(home: Home, caddy: Path, folders: Sequence[Path]) -> tuple[str, ...]:
     )
 
 
-def _write(path: Path, config: Json) -> None:
-    """Replace *path*, whose folder the router may add files to, unless it holds *config* already."""
+def write_config(path: Path, config: Json, gid: int) -> None:
+    """Replace *path*, which as root *gid* may read and whose folder it may add files to, unless it holds *config* already."""
     content = msgspec.json.format(msgspec.json.encode(config, order="sorted"))
     try:
         if path.read_bytes() == content:
@@ -275,12 +275,12 @@ def _write(path: Path, config: Json) -> None:
     fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
     with open(fd, "wb") as out:
         if os.geteuid() == 0:
-            os.fchown(fd, 0, ROUTER_UID)
+            os.fchown(fd, 0, gid)
         out.write(content)
     unfinished.rename(path)
 
 
-def _reachable(program: Path) -> bool:
+def reachable(program: Path) -> bool:
     """Return whether any user may run *program*."""
     return all(parent.stat().st_mode & stat.S_IXOTH for parent in (program, *program.parents))
 

@@ -18,6 +18,8 @@ from slum.errors import SlumError
 UID_FIRST = 200_000
 UID_LAST = 265_535
 ROUTER_UID = 199_999
+FRONT_UID = 199_998
+"""Not the router's: what services lead that one to must not reach the API's socket, which believes the front."""
 
 
 class Uids:

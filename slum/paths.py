@@ -46,6 +46,16 @@ class Home:
         return self.private / "ledger.sock"
 
     @property
+    def front_run(self) -> Path:
+        """Folder that only the front's own uid may enter, for the one socket that it passes requests on to."""
+        return self.run / "a"
+
+    @property
+    def front_socket(self) -> Path:
+        """Where the server believes what the front says of a client."""
+        return self.front_run / "front.sock"
+
+    @property
     def keeper_table(self) -> Path:
         """Folder of one JSON file a child or listener; what the next keeper adopts from."""
         return self.private / "k"
@@ -83,6 +93,28 @@ class Home:
         return self.state / "blobs"
 
     @property
+    def member_age(self) -> Path:
+        """This member's age identity, which opens the authority's key."""
+        return self.state / "member.age"
+
+    @property
+    def front_key(self) -> Path:
+        return self.state / "front.key"
+
+    @property
+    def front_certificate(self) -> Path:
+        return self.state / "front.crt"
+
+    @property
+    def authority_certificate(self) -> Path:
+        return self.state / "ca.crt"
+
+    @property
+    def front(self) -> Path:
+        """The front's own folder: where it listens, its configuration, and copies of what it shows."""
+        return self.data / "front"
+
+    @property
     def agent(self) -> Path:
         """The agent's own folder: identity.json, desired.json, uids.json, history; 0700."""
         return self.data / "agent"
@@ -95,6 +127,16 @@ class Home:
     def boot(self) -> Path:
         """The children that the keeper starts by itself: boot.json."""
         return self.data / "boot.json"
+
+    @property
+    def server_config(self) -> Path:
+        """What the control plane here is told beside the fleet: server.toml (docs/backup.md)."""
+        return self.data / "server.toml"
+
+    @property
+    def backup(self) -> Path:
+        """The backup process's own folder: mirror.db, its claim, status.json; 0700."""
+        return self.data / "backup"
 
     @property
     def bundles(self) -> Path:

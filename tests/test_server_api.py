@@ -25,7 +25,7 @@ from slum.server.app import ROUTES
 from slum.server.blobs import KEEP_S, Blobs
 from slum.server.examples import EXAMPLES
 from slum.server.openapi import openapi_document
-from slum.server.peer import Peer
+from slum.server.peer import Local
 from slum.server.route import Kind
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "api.md"
@@ -122,12 +122,12 @@ async def test_while_the_ledger_hangs_reads_say_so_and_writes_end(plane: Plane, 
 
 
 def test_the_actor_is_the_kernels_word_and_the_hosts_own_name() -> None:
-    peer = Peer(uid=0, pid=1)
+    peer = Local(uid=0, pid=1)
     assert peer.actor("laptop") == "root@laptop"
     here = os.uname().nodename
     for odd in ("", "a b", "x" * 65, "evil@host", "new\nline"):
         assert peer.actor(odd) == f"root@{here}"
-    assert Peer(uid=4_000_000, pid=1).actor("h") == "4000000@h"
+    assert Local(uid=4_000_000, pid=1).actor("h") == "4000000@h"
 
 
 async def test_the_socket_belongs_to_its_user_alone(plane: Plane, http: httpx.AsyncClient) -> None:

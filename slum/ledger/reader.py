@@ -274,6 +274,10 @@ class Reader:
             None,
         )
 
+    def revoked(self) -> frozenset[str]:
+        """Return the serials of all revoked certificates on record."""
+        return frozenset(row[0] for row in self._rows("SELECT serial FROM certificates WHERE revoked_at > 0"))
+
     def blobs_named(self) -> set[str]:
         """Return the digests of the bundles that any kept revision names."""
         return {row[0] for row in self._rows("SELECT DISTINCT digest FROM blobs")}

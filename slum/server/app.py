@@ -21,6 +21,7 @@ BLOB_S = 900.0
 async def get_openapi(call: Call) -> object:
     return json_response(openapi_document(ROUTES))
 
+from slum.server.peer import Access
 
 ROUTES: tuple[Route, ...] = (
     Route(
@@ -36,6 +37,7 @@ ROUTES: tuple[Route, ...] = (
         handler=routes_read.get_status,
         response=api.Status,
         summary="The control plane, its machines, and instances by phase",
+        access=Access.READ,
     ),
     Route(
         method="GET",
@@ -43,6 +45,7 @@ ROUTES: tuple[Route, ...] = (
         handler=routes_read.get_state,
         response=api.State,
         summary="What a plan is made from, in one consistent answer",
+        access=Access.READ,
     ),
     Route(
         method="GET",
@@ -50,6 +53,7 @@ ROUTES: tuple[Route, ...] = (
         handler=routes_fleet.get_fleet,
         query=routes_fleet.FleetQuery,
         response=api.FleetDoc,
+        access=Access.READ,
         summary="The desired fleet, of the newest or a named revision",
     ),
     Route(
@@ -57,6 +61,7 @@ ROUTES: tuple[Route, ...] = (
         path="/v1/fleet",
         handler=routes_fleet.put_fleet,
         request=api.ApplyRequest,
+        access=Access.READ,
         body_bytes_max=routes_fleet.FLEET_BYTES_MAX,
         response=api.Applied,
         summary="Commit a new desired fleet; 409 says what changed since base_revision",
@@ -65,6 +70,7 @@ ROUTES: tuple[Route, ...] = (
         method="GET",
         path="/v1/revisions",
         handler=routes_fleet.get_revisions,
+        access=Access.ADMIN,
         response=tuple[api.Revision, ...],
         summary="The kept revisions",
     ),
@@ -74,6 +80,7 @@ ROUTES: tuple[Route, ...] = (
         handler=routes_fleet.post_check,
         request=Fleet,
         body_bytes_max=routes_fleet.FLEET_BYTES_MAX,
+        access=Access.READ,
         response=api.FleetCheck,
         deadline_s=routes_fleet.CHECK_S + 5.0,
         summary="What the operators' providers would refuse in a fleet; commits nothing",
@@ -81,6 +88,7 @@ ROUTES: tuple[Route, ...] = (
     Route(
         method="GET",
         path="/v1/machines",
+        access=Access.READ,
         handler=routes_read.get_machines,
         response=tuple[api.MachineView, ...],
         summary="Machines as the operators see them, beside what the ledger says of them; strays too",
@@ -91,6 +99,7 @@ ROUTES: tuple[Route, ...] = (
         handler=routes_fleet.post_actions,
         request=api.ActionRequest,
         response=api.Acted,
+        access=Access.READ,
         summary="Stop, start or restart instances; drain or undrain a machine",
     ),
     Route(
@@ -98,6 +107,7 @@ ROUTES: tuple[Route, ...] = (
         path="/v1/instances",
         handler=routes_read.get_instances,
         response=tuple[api.InstanceView, ...],
+        access=Access.ADMIN,
         summary="Every instance, declared or reported",
     ),
     Route(
@@ -123,6 +133,7 @@ ROUTES: tuple[Route, ...] = (
         summary="Whether the chain of event hashes holds",
     ),
     Route(
+        access=Access.READ,
         method="GET",
         path="/v1/progress",
         handler=routes_streams.get_progress,
@@ -130,6 +141,7 @@ ROUTES: tuple[Route, ...] = (
         response=api.Progress,
         kind=Kind.EVENTS,
         summary='Each step towards a revision until everything is settled; the last has what = "done"',
+        access=Access.READ,
     ),
     Route(
         method="GET",
@@ -137,6 +149,7 @@ ROUTES: tuple[Route, ...] = (
         handler=routes_streams.get_logs,
         query=routes_streams.LogsQuery,
         response=api.LogLine,
+        access=Access.READ,
         kind=Kind.EVENTS,
         summary="Log lines of a service; an event named error carries a Problem",
     ),
@@ -145,6 +158,7 @@ ROUTES: tuple[Route, ...] = (
         path="/v1/blobs/{digest}",
         handler=routes_blobs.put_blob,
         kind=Kind.BYTES,
+        access=Access.READ,
         deadline_s=BLOB_S,
         summary="Store a bundle under its sha256; answered when it is on disk",
     ),
@@ -152,6 +166,7 @@ ROUTES: tuple[Route, ...] = (
         method="HEAD",
         path="/v1/blobs/{digest}",
         handler=routes_blobs.get_blob,
+        access=Access.READ,
         kind=Kind.BYTES,
         summary="Whether a bundle is here; if so it is kept for an hour at least",
     ),
@@ -161,6 +176,7 @@ ROUTES: tuple[Route, ...] = (
         handler=routes_blobs.get_blob,
         kind=Kind.BYTES,
         deadline_s=BLOB_S,
+        access=Access.READ,
         summary="A bundle's bytes",
     ),
     Route(
@@ -170,6 +186,7 @@ ROUTES: tuple[Route, ...] = (
         query=routes_streams.ShellQuery,
         kind=Kind.WEBSOCKET,
         summary="A command inside the wall of a running instance",
+        access=Access.ADMIN,
     ),
     Route(
         method="GET",
@@ -178,6 +195,7 @@ ROUTES: tuple[Route, ...] = (
         query=routes_streams.ShellQuery,
         kind=Kind.WEBSOCKET,
         summary="A one-off command behind a new wall like the service's",
+        access=Access.READ,
     ),
     Route(
         method="GET",
@@ -185,6 +203,7 @@ ROUTES: tuple[Route, ...] = (
         handler=routes_streams.get_agent,
         kind=Kind.WEBSOCKET,
         summary="An agent's connection: slum.wire, msgpack",
+        access=Access.READ | Access.NODE,
     ),
     Route(
         method="GET",
@@ -193,6 +212,7 @@ ROUTES: tuple[Route, ...] = (
         kind=Kind.WEBSOCKET,
         summary="An agent's end of a stream that it was asked for; an id is valid once",
     ),
+        access=Access.ADMIN,
     Route(
         method="GET",
         path="/v1/cluster",
@@ -201,6 +221,7 @@ ROUTES: tuple[Route, ...] = (
         summary="The members of the control plane: roles, epoch, lag, contact, certificates, alarms",
     ),
     Route(
+        access=Access.ADMIN,
         method="POST",
         path="/v1/members",
         handler=routes_members.post_members,
@@ -209,6 +230,7 @@ ROUTES: tuple[Route, ...] = (
         deadline_s=cluster.CHANGE_S + 5.0,
         summary="Add or remove one member; answered when the new members have committed something",
     ),
+        access=Access.NODE,
     Route(
         method="GET",
         path=memberwire.PATH,
@@ -216,6 +238,7 @@ ROUTES: tuple[Route, ...] = (
         kind=Kind.WEBSOCKET,
         summary="An errand of another member's server: slum.server.memberwire, msgpack",
     ),
+        access=Access.NODE,
     Route(
         method="GET",
         path="/openapi.json",
@@ -223,6 +246,7 @@ ROUTES: tuple[Route, ...] = (
         summary="This API as OpenAPI 3.1",
         response=dict,
     ),
+        access=Access.READ,
 )
 
 
@@ -230,8 +254,11 @@ def make_app(
     control: Control, lifespan: Callable[[Starlette], AbstractAsyncContextManager[Mapping[str, object]]]
 ) -> Starlette:
     """Return the ASGI application that serves ROUTES with *control*."""
+        access=Access.ADMIN,
     return Starlette(
         routes=[mount(route, control) for route in ROUTES],
         lifespan=lifespan,
         exception_handlers={404: not_found, 405: wrong_method},
     )
+        access=Access.MEMBER,
+        access=Access.READ,

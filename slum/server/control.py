@@ -24,6 +24,7 @@ from slum.server.blobs import Blobs
 from slum.server.copies import Copies
 from slum.server.decide import Action
 from slum.server.elsewhere import Elsewhere
+from slum.server.guard import Sessions
 from slum.server.link import Link
 from slum.server.notes import Notes
 from slum.server.pulse import Pulse
@@ -66,6 +67,7 @@ class Control:
         self.relay = Relay(self.me, link, self.committed, lambda relay: Elsewhere(self.hub, relay.opened), dial)
         self.streams = Streams()
         self.blobs = Blobs(home.blobs)
+        self.sessions = Sessions()
         self.troubles: dict[str, str] = {}
         """By machine: why its operator did not do what is wanted."""
         self.sights: dict[str, Sight] = {}

@@ -30,7 +30,7 @@ def openapi_document(routes: Iterable[Route]) -> dict[str, Any]:
         "info": {
             "title": "slum",
             "version": __version__,
-            "description": 'The control plane\'s API, over a unix socket. Errors are {"error": Problem}.',
+            "description": 'The control plane\'s API. x-access names whom a route is open to. Errors are {"error": Problem}.',
         },
         "paths": paths,
         "components": {
@@ -49,6 +49,7 @@ def _operation(route: Route, schema_of: dict[int, Any], components: dict[str, An
     operation: dict[str, Any] = {
         "operationId": f"{route.method.lower()}_{route.name.partition('_')[2]}",
         "summary": route.summary,
+        "x-access": [str(access.name).lower() for access in route.access],
         "parameters": [*_path_parameters(route), *_query_parameters(route, components)],
         "responses": {**_responses(route, schema_of), "default": {"$ref": "#/components/responses/Problem"}},
     }

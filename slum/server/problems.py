@@ -21,9 +21,9 @@ def problem_of(error: SlumError) -> api.Problem:
 
 
 def problem_response(error: SlumError, status: int | None = None) -> Response:
-    """Return the answer for *error*; *status* overrides the one of its code (404, 413)."""
+    """Return the answer for *error*; *status* overrides the one of its class or code."""
     headers = {"retry-after": "1"} if isinstance(error, QuorumLost) else {}
-    return json_response({"error": problem_of(error)}, status or api.STATUS.get(error.code, 500), headers)
+    return json_response({"error": problem_of(error)}, status or status_of(error), headers)
 
 
 def json_response(document: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -34,5 +34,32 @@ class Missing(ConfigError):
     """What the request names is not there: 404, code "bad_input"."""
 
 
+class Unknown(ConfigError):
+    """No certificate, or none that opens anything: 401, code "bad_input"."""
+
+
+class Forbidden(ConfigError):
+    """A certificate that does not open this: 403, code "bad_input"."""
+
+
+class TooMany(QuorumLost):
+    """More attempts than are taken now: 429 with Retry-After, code "no_quorum"; the client tries again."""
+
+
 class TooLarge(ConfigError):
     """The body is over its cap: 413, code "bad_input"."""
+
+
+_STATUS: tuple[tuple[type[SlumError], int], ...] = (
+    (Missing, 404),
+    (TooLarge, 413),
+    (Unknown, 401),
+    (Forbidden, 403),
+    (TooMany, 429),
+)
+
+
+def status_of(error: SlumError) -> int:
+    """Return the HTTP status of *error*: its class's, else its code's."""
+    by_class = next((status for kind, status in _STATUS if isinstance(error, kind)), None)
+    return by_class or api.STATUS.get(error.code, 500)

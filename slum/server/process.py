@@ -22,12 +22,14 @@ from slum import log, wire
 from slum.ledger.client import connect
 from slum.ledger.reader import Reader
 from slum.paths import Home, checked_home
+from slum.server import front
 from slum.server.app import make_app
 from slum.server.blobs import collect_for_ever
 from slum.server.control import Control
 from slum.server.dial import dialler
 from slum.server.link import Link
-from slum.server.peer import PeerProtocol, ShortGoodbye
+from slum.server.listening import listen_at
+from slum.server.peer import FrontProtocol, PeerProtocol, ShortGoodbye
 from slum.server.reconcile import Reconciler
 from slum.server.view import View
 
@@ -47,18 +49,31 @@ def main(argv: list[str] | None = None) -> int:
     given = parser.parse_args(argv)
     home = checked_home(given.data_dir, given.run_dir)
     log.start("server")
-    server = make_server(home)
-    with listener(home.api_socket) as socket_:
+    with listener(home.api_socket) as local, front.listener(home) as remote:
+        server = make_server(home, remote)
         log.get().info("server_started", pid=os.getpid(), socket=str(home.api_socket))
-        server.run(sockets=[socket_])
+        server.run(sockets=[local])
     return 1 if server.failed else 0
 
 
 class Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, stopping: asyncio.Event) -> None:
+    """uvicorn with a second listener, *remote*, where the front says who asks."""
+
+    def __init__(self, config: uvicorn.Config, stopping: asyncio.Event, remote: socket.socket) -> None:
         super().__init__(config)
         self.failed = False
         self._stopping = stopping
+        self._remote = remote
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen on both; one process and one application serve them."""
+        await super().startup(sockets)
+
+        def protocol() -> FrontProtocol:
+            return FrontProtocol(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+
+        loop = asyncio.get_running_loop()
+        self.servers.append(await loop.create_server(protocol, sock=self._remote, backlog=BACKLOG))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let the event streams end first: they would never by themselves."""
@@ -71,8 +86,8 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def make_server(home: Home) -> Server:
-    """Return the server of *home*, not yet running."""
+def make_server(home: Home, remote: socket.socket) -> Server:
+    """Return the server of *home*, not yet running; *remote* is where its front passes requests on."""
     stopping = asyncio.Event()
     control = Control(
         home, Link(lambda: connect(home.ledger_socket)), View(Reader(home.state / "state.db")), dialler(home)
@@ -84,6 +99,8 @@ def make_server(home: Home) -> Server:
         "blobs": collect_for_ever(control.blobs, control.view.reader.blobs_named),
         "reconcile": Reconciler(control).run(),
         "relay": control.relay.run(),
+        "sessions": control.sessions.run(control),
+        "front": front.keep(control),
     }
 
     @asynccontextmanager
@@ -113,24 +130,14 @@ def make_server(home: Home) -> Server:
         timeout_graceful_shutdown=GRACE_S,
         backlog=BACKLOG,
     )
-    server = Server(config, stopping)
+    server = Server(config, stopping, remote)
     return server
 
 
 def listener(path: Path) -> socket.socket:
     """Return a listening socket at *path*, 0600 in a 0700 folder; it takes the name only once it listens."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
-    try:
-        bound.bind(str(temporary))
-    finally:
-        os.umask(before)
-    bound.listen(BACKLOG)
-    temporary.rename(path)
-    return bound
+    return listen_at(path, BACKLOG)
 
 
 async def _vital(name: str, task: Awaitable[None], server: Server) -> None:

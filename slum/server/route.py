@@ -24,7 +24,8 @@ from slum import log
 from slum.errors import ConfigError, SlumError, Unreachable, invariant
 from slum.frozen import Frozen
 from slum.server.control import Control
-from slum.server.peer import Peer
+from slum.server.guard import Guard
+from slum.server.peer import Access, Peer
 from slum.server.problems import BUG, Missing, TooLarge, json_response, problem_response
 from slum.server.streams import refuse
 from slum.server.strict import refuse_names, refuse_unknown
@@ -84,6 +85,8 @@ class Route:
     response: Any = None
     request: Any = None
     query: type[Frozen] = NoQuery
+    access: Access = Access.ADMIN
+    """Whom it is open to; the guard checks it before the handler hears of the request."""
     kind: Kind = Kind.JSON
     body_bytes_max: int = BODY_BYTES_MAX
     deadline_s: float | None = DEADLINE_S
@@ -94,10 +97,15 @@ class Route:
 
 
 def mount(route: Route, control: Control) -> BaseRoute:
-    """Return the Starlette route that serves *route*."""
+    """Return the Starlette route that serves *route* to those it is open to."""
+    mounted: WebSocketRoute | HttpRoute
     if route.kind is Kind.WEBSOCKET:
-        return WebSocketRoute(route.path, _websocket(route, control), name=route.name)
-    return HttpRoute(route.path, _http(route, control), methods=[route.method], name=f"{route.method} {route.name}")
+        mounted = WebSocketRoute(route.path, _websocket(route, control), name=route.name)
+    else:
+        name = f"{route.method} {route.name}"
+        mounted = HttpRoute(route.path, _http(route, control), methods=[route.method], name=name)
+    mounted.app = Guard(mounted.app, route.access, control)
+    return mounted
 
 
 def _http(route: Route, control: Control) -> Callable[[Request], Awaitable[Response]]:
@@ -114,7 +122,7 @@ def _http(route: Route, control: Control) -> Callable[[Request], Awaitable[Respo
         except TimeoutError:
             return problem_response(Unreachable(f"{route.method} {route.path} took longer than {route.deadline_s:g} s"))
         except SlumError as error:
-            return problem_response(error, status_of(error))
+            return problem_response(error)
         except ClientDisconnect:
             return Response(status_code=499)
         except Exception:  # noqa: BLE001  the edge: a bug is answered as one, with its traceback in the log
@@ -134,11 +142,6 @@ def _websocket(route: Route, control: Control) -> Callable[[WebSocket], Awaitabl
             await refuse(websocket, error)
 
     return endpoint
-
-
-def status_of(error: SlumError) -> int | None:
-    """Return the HTTP status of *error* where that is not the one of its code."""
-    return 404 if isinstance(error, Missing) else 413 if isinstance(error, TooLarge) else None
 
 
 async def _body(request: Request, route: Route) -> Any:
@@ -168,7 +171,7 @@ def decode_query(given: QueryParams, kind: type[Frozen]) -> Any:
 
 
 async def not_found(request: Request, _error: Exception) -> Response:
-    return problem_response(Missing(f"no {request.method} {request.url.path}", hint="GET /openapi.json lists all"), 404)
+    return problem_response(Missing(f"no {request.method} {request.url.path}", hint="GET /openapi.json lists all"))
 
 
 async def wrong_method(request: Request, _error: Exception) -> Response:

@@ -13,7 +13,6 @@ from contextlib import asynccontextmanager
 from typing import Protocol
 
 import msgspec
-from starlette.responses import Response
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from slum import api, wire
@@ -135,8 +134,7 @@ class Streams:
 
 async def refuse(websocket: WebSocket, error: SlumError) -> None:
     """Answer a WebSocket request with an HTTP status and a Problem instead of accepting it."""
-    response: Response = problem_response(error, 404 if isinstance(error, Missing) else None)
-    await websocket.send_denial_response(response)
+    await websocket.send_denial_response(problem_response(error))
 
 
 async def close(websocket: WebSocket) -> None:
