@@ -229,10 +229,17 @@ def read_certificate(certificate: str, authority: str) -> Shown:
 
 
 def digest_of(certificate: str) -> str:
-    """Return sha256 of the DER of *certificate* (PEM), hex: the first part of every token."""
+    """Return sha256 of the DER of *certificate* (PEM), hex: the first part of every token. ValueError when it is not one alone.
+
+    What stands after the padding of the base64 is not decoded, so it would not be in the hash, but be believed: whoever could
+    add an authority there would pass for the fleet.
+    """
     import ssl
 
-    return sha256(ssl.PEM_cert_to_DER_cert(certificate.strip() + "\n")).hexdigest()
+    der = ssl.PEM_cert_to_DER_cert(certificate.strip() + "\n")
+    if ssl.DER_cert_to_PEM_cert(der).split() != certificate.split():
+        raise ValueError("it is more than one certificate, or not in the usual form")
+    return sha256(der).hexdigest()
 
 
 def uri_of(cluster: str, subject: str) -> str:
