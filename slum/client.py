@@ -88,6 +88,17 @@ class Client:
         self._saw(found.seq)
         return found
 
+    def cluster(self) -> api.ClusterView:
+        """Return how the members stand, as the one that answers knows."""
+        found = self._call("GET", "cluster", api.ClusterView)
+        self._saw(found.seq)
+        return found
+
+    def change_members(self, *, remove: str) -> api.MembersChanged:
+        """Remove a member for good; returns when the others have committed something without it. May be repeated."""
+        body = api.MembersRequest(remove=remove, host=socket.gethostname())
+        return self._call("POST", "members", api.MembersChanged, body=body)
+
     def fleet(self, revision: int | None = None) -> api.FleetDoc:
         """Return the fleet of *revision*, None for the newest; ConfigError when it is not kept."""
         return self._call("GET", "fleet", api.FleetDoc, revision=revision)

@@ -70,7 +70,10 @@ def status_lines(status: api.Status, instances: Sequence[api.InstanceView], pain
         header = ("TENEMENT", "OPERATOR", "STATE", "HOST", "CONTACT", "LOAD", "MEMORY FREE", "INSTANCES", "")
         lines += ["", *table(header, [_tenement_row(t) for t in status.tenements], paint)]
     if ledger.silent_s is not None:
-        lines += ["", "nothing can be changed until the ledger answers: `slum down` and `slum up` start it again, services go on"]
+        lines += [
+            "",
+            "nothing can be changed until the ledger answers: `slum down` and `slum up` start it again, services go on",
+        ]
     unwell = sorted({v.report.service for v in instances if v.report.phase in UNWELL})
     if unwell:
         lines += ["", *(f"{name} is not well: `slum explain {name}`" for name in unwell)]
@@ -118,6 +121,36 @@ def member_lines(ledger: api.LedgerView, paint: Paint) -> list[str]:
         for member in ledger.members
     ]
     return table(("MEMBER", "ROLE", "EPOCH", "SEQ", "LAG", "CONTACT", "CERT", "ADDRESS"), rows, paint)
+
+
+def cluster_lines(view: api.ClusterView, paint: Paint) -> list[str]:
+    """One row a member of the control plane, as the one that answers knows them; then what somebody should look at."""
+    style = {"leader": "good", "follower": "", "learner": "warn"}
+    rows = [
+        (
+            Cell(member.id, "strong"),
+            Cell(member.role, style.get(member.role, "bad")),
+            "" if member.epoch is None else str(member.epoch),
+            "" if member.seq is None else str(member.seq),
+            "" if member.lag is None or member.role == "leader" else str(member.lag),
+            "" if member.contact_s is None or member.id == view.member else seconds(member.contact_s),
+            "" if member.certificate_s is None else seconds(member.certificate_s),
+            member.api or member.address,
+            "" if member.followed or not member.api else Cell("its API is not reached", "warn"),
+        )
+        for member in view.members
+    ]
+    lines = table(("MEMBER", "ROLE", "EPOCH", "SEQ", "LAG", "CONTACT", "CERT", "ADDRESS", ""), rows, paint)
+    leader = f"leader {view.leader}" if view.leader else paint("no leader", "bad")
+    lines += ["", f"{leader}, term {view.term}, generation {view.generation}; as {view.member} knows it"]
+    if not view.majority:
+        why = f"{view.member} reaches no majority: nothing can be changed from here"
+        lines.append(f"{paint(why, 'bad')}; what it shows is {seconds(view.age_s)} old or older")
+    for alarm in view.alarms:
+        lines.append(f"{paint(alarm.kind, 'bad')} {alarm.member}: {clean(alarm.why)}")
+        if alarm.hint:
+            lines.append(f"  next: {clean(alarm.hint)}")
+    return lines
 
 
 def event_lines(events: Sequence[api.Event], now: float, paint: Paint) -> list[str]:

@@ -20,6 +20,7 @@ from slum.node import boot
 from slum.node.boot import GRACE_S, POLL_S, check_keeper
 from slum.node.limits.detect import detect
 from slum.node.types import Spawn
+from slum.operators.base import Held
 from slum.operators.local import Site
 from slum.paths import Home
 
@@ -29,6 +30,10 @@ PROGRAMS: Mapping[str, str] = {
     "agent": "slum.node.agent",
 }
 """In the order in which they are started."""
+FRONT = "front"
+"""The server starts it: see slum.server.front."""
+BACKUP = {"backup": "slum.backup.process"}
+"""Started where there is a server.toml, which may ask for it."""
 UP_S = 30.0
 
 
@@ -61,13 +66,14 @@ class DownResult(Frozen):
 
 def boot_children(home: Home, python: str = sys.executable, env: Mapping[str, str] | None = None) -> tuple[Spawn, ...]:
     """Return the programs that the keeper keeps alive; their environment is a few names of *env* (default: ours)."""
-    return tuple(boot.program(home, name, module, python, env) for name, module in PROGRAMS.items())
+    programs = {**PROGRAMS, **(BACKUP if home.server_config.exists() else {})}
+    return tuple(boot.program(home, name, module, python, env) for name, module in programs.items())
 
 
-def operator_site(home: Home, member: str) -> Site:
-    """Return what the operators of *member* are given."""
+def operator_site(home: Home, member: str, fence: tuple[int, ...] = (), held: tuple[Held, ...] = ()) -> Site:
+    """Return what the operators of *member* are given; *fence* and *held* as in Site."""
     agent = next(spawn for spawn in boot_children(home) if spawn.name == "agent")
-    return Site(home=home, member=member, agent=agent)
+    return Site(home=home, member=member, agent=agent, fence=fence, held=held)
 
 
 def write_boot(home: Home) -> tuple[Spawn, ...]:
@@ -77,11 +83,15 @@ def write_boot(home: Home) -> tuple[Spawn, ...]:
     return children
 
 
-def up(home: Home, *, timeout_s: float = UP_S) -> UpResult:
-    """Make keeper, ledger, server and agent run and return when the API answers; finds what runs. Unreachable if not."""
+def up(home: Home, *, timeout_s: float = UP_S, wait: bool = True) -> UpResult:
+    """Make keeper, ledger, server and agent run and return when the API answers; finds what runs. Unreachable if not.
+
+    Without *wait* return at once. The front of a member is the server's to start, and ends with ``down``.
+    """
     check_keeper(home)
     hello, started, keeper_started = boot.start(home, boot_children(home))
-    _wait_for_api(home, time.monotonic() + timeout_s)
+    if wait:
+        wait_for_api(home, timeout_s)
     return UpResult(
         keeper_started=keeper_started,
         started=started,
@@ -91,10 +101,15 @@ def up(home: Home, *, timeout_s: float = UP_S) -> UpResult:
     )
 
 
+def shut_down_servers(home: Home, grace_s: float = GRACE_S) -> tuple[str, ...]:
+    """End ledger and server, to be started again with another identity; services and agent go on."""
+    return boot.shut_down(home, {"ledger", "server"}, grace_s)
+
+
 def down(home: Home, *, services: bool, grace_s: float = GRACE_S) -> DownResult:
-    """End agent, server and ledger, then with *services* all the rest; nothing running is nothing to do."""
+    """End agent, front, server and ledger, then with *services* all the rest; nothing running is nothing to do."""
     stopped = boot.shut_down(
-        home, {child.name for child in boot.children(home) or () if child.name in PROGRAMS}, grace_s
+        home, {child.name for child in boot.children(home) or () if child.name in (*PROGRAMS, *BACKUP, FRONT)}, grace_s
     )
     if services:
         stopped += boot.shut_down(home, {child.name for child in boot.children(home) or ()}, grace_s)
@@ -130,7 +145,9 @@ class _Connection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
-def _wait_for_api(home: Home, end: float) -> None:
+def wait_for_api(home: Home, timeout_s: float = UP_S) -> None:
+    """Return when the API answers; Unreachable, with the last that was logged, when it does not in time."""
+    end = time.monotonic() + timeout_s
     while not is_ready(home):
         if time.monotonic() > end:
             raise Unreachable(

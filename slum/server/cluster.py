@@ -6,12 +6,14 @@ passes it there. Who left loses its certificate, and the authority's key is seal
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from typing import TYPE_CHECKING
 
 from slum import api, log
-from slum.errors import Conflict, QuorumLost, SlumError
+from slum.errors import ConfigError, Conflict, QuorumLost, SlumError, Unreachable
+from slum.ledger import changes
 from slum.ledger.client import change_members
 from slum.ledger.commands import Member, Revoke, new_request_id
 from slum.server.memberwire import Change
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 CHANGE_S = 65.0
 """A little more than the ledger's own patience."""
+ADD_S = 300.0
+AGAIN_S = 0.5
 
 
 async def cluster_view(control: Control) -> api.ClusterView:
@@ -94,6 +98,54 @@ async def change(control: Control, add: Member | None, remove: str | None, actor
     if remove is not None:
         await _shut_out(control, remove, actor)
     return changed
+
+
+def check_addition(control: Control, row: Member) -> None:
+    """Return when *row* can become a member, or is one; ConfigError when not. For who is about to let it in."""
+    members = control.world().cluster.members
+    why = "" if row in members else changes.problem(changes.Change(add=row), members)
+    if why:
+        raise ConfigError(f"{row.id} cannot become a member: {why}", hint="choose another name with --member")
+
+
+class Adding:
+    """Those who were let in and shall become members: each is added once it has connected to the leader and is close behind.
+
+    Kept in memory only: who joins asks again until it is a member.
+    """
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+        self._asked: asyncio.Queue[Member] = asyncio.Queue(64)
+        self._under_way: set[Member] = set()
+
+    def begin(self, row: Member) -> None:
+        """Make *row* a member as soon as that can be. May be repeated."""
+        if row not in self._under_way and not self._asked.full():
+            self._under_way.add(row)
+            self._asked.put_nowait(row)
+
+    async def run(self) -> None:
+        """Add who was let in, until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            while True:
+                row = await self._asked.get()
+                group.create_task(self._add(row), name=f"add {row.id}")
+
+    async def _add(self, row: Member) -> None:
+        end = time.monotonic() + ADD_S
+        try:
+            while time.monotonic() < end:
+                try:
+                    await change(self._control, row, None, f"slum@{row.id}")
+                    return
+                except (QuorumLost, Unreachable, Conflict) as error:
+                    log.get().info("member_not_added_yet", member=row.id, why=error.message)
+                    await asyncio.sleep(AGAIN_S)
+        except SlumError as error:
+            log.get().warning("member_not_added", member=row.id, why=error.message)
+        finally:
+            self._under_way.discard(row)
 
 
 async def _shut_out(control: Control, member: str, actor: str) -> None:

@@ -67,16 +67,17 @@ class Control:
         self.relay = Relay(self.me, link, self.committed, lambda relay: Elsewhere(self.hub, relay.opened), dial)
         self.streams = Streams()
         self.blobs = Blobs(home.blobs)
+        self.copies = Copies(self.blobs, self.relay, view, self.committed)
         self.sessions = Sessions()
         self.troubles: dict[str, str] = {}
         """By machine: why its operator did not do what is wanted."""
         self.sights: dict[str, Sight] = {}
         """By operator: what it was last seen to have, where the reconcile loop runs."""
+        self.foretold: tuple[Action, ...] | None = None
+        """While it is paused: what the reconcile loop would do to machines; None where it does not run."""
         self.started_at = time.time()
         self.pid = os.getpid()
 
-        self.foretold: tuple[Action, ...] | None = None
-        """While it is paused: what the reconcile loop would do to machines; None where it does not run."""
     def world(self) -> World:
         """Return the newest committed state; what changed with it is pushed to the agents."""
         world = self.view.world()

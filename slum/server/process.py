@@ -101,6 +101,7 @@ def make_server(home: Home, remote: socket.socket) -> Server:
         "relay": control.relay.run(),
         "sessions": control.sessions.run(control),
         "front": front.keep(control),
+        "copies": control.copies.run(),
     }
 
     @asynccontextmanager

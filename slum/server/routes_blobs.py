@@ -17,7 +17,7 @@ async def put_blob(call: Call) -> Response:
     if length.isdecimal() and int(length[:19]) > BLOB_BYTES_MAX:
         raise TooLarge(f"the bundle is larger than {BLOB_BYTES_MAX >> 20} MiB")
     try:
-        is_new = await call.control.blobs.put(digest, call.request.stream())
+        is_new = await call.control.copies.put(digest, call.request.stream())
     except ClientDisconnect:
         raise ConfigError("the upload was cut short") from None
     return Response(status_code=201 if is_new else 200, headers={"etag": f'"{digest}"'})
@@ -26,7 +26,7 @@ async def put_blob(call: Call) -> Response:
 async def get_blob(call: Call) -> Response:
     """Answer GET and HEAD."""
     digest = call.connection.path_params["digest"]
-    if not call.control.blobs.touch(digest):
+    if not await call.control.copies.touch(digest):
         raise Missing(f"no blob {digest}")
     headers = {"etag": f'"{digest}"', "cache-control": "max-age=31536000, immutable"}
     if call.connection.headers.get("if-none-match") == f'"{digest}"':

@@ -19,11 +19,13 @@ from slum.operators.local import Site
 from slum.operators.registry import make_operator
 from slum.render import closest
 from slum.server.admission import admit
+from slum.server.blobs import DIGEST
 from slum.server.boot import operator_site
 from slum.server.control import rejection
 from slum.server.explain import no_service
 from slum.server.problems import Missing
 from slum.server.route import Call
+from slum.server.routes_pause import refuse_while_paused
 from slum.server.view import World
 
 FLEET_BYTES_MAX = 16 << 20
@@ -62,12 +64,16 @@ async def put_fleet(call: Call) -> api.Applied:
     control, actor = call.control, call.peer.actor(asked.host)
     _check_request_id(asked.request_id)
     world = control.world()
+    refuse_while_paused(world)
     if world.revision > 0 and world.fleet.name != asked.fleet.name:
         raise Conflict(
             f"this control plane holds the fleet {world.fleet.name!r}, not {asked.fleet.name!r}",
             hint="one control plane holds one fleet: name it so in [fleet], or use another --data-dir and --run-dir",
         )
     is_open = control.view.reader.authority() is not None
+    for digest in {service.bundle for tenement in asked.fleet.tenements for service in tenement.services}:
+        if digest is not None and DIGEST.fullmatch(digest):
+            await control.copies.touch(digest)
     admit(asked.fleet, control.blobs, control.hub.seen, world.cluster.members, is_open=is_open)
     body = msgspec.msgpack.encode(asked.fleet)
     command = SetDesired(
@@ -88,6 +94,7 @@ async def post_actions(call: Call) -> api.Acted:
     asked: api.ActionRequest = call.body
     _check_request_id(asked.request_id)
     control, world = call.control, call.control.world()
+    refuse_while_paused(world)
     if asked.verb in MACHINE_VERBS:
         machines = _machines(world, asked.tenement or "")
         concerned = tuple((m, s.name, each) for m, _, s, each in world.placed() if m in machines)

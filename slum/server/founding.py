@@ -1,0 +1,188 @@
+"""A machine becomes a member: its identity for the ledger, its age identity, the fleet's authority, and the way in by a token.
+
+Used by `slum server init` and `join`, in their own process, before or while the programs run. Every step can be repeated and
+finds what is done already; secrets are 0600 in Home.state and appear nowhere else. Services are never touched here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import time
+
+from slum import api
+from slum.errors import ConfigError, QuorumLost, SlumError
+from slum.frozen import Frozen
+from slum.ledger import folder, identity, joiner
+from slum.ledger.client import connect
+from slum.ledger.commands import Member
+from slum.ledger.joiner import Join
+from slum.ledger.reader import Reader
+from slum.node.keeperclient import KeeperClient, KeeperError
+from slum.paths import Home
+from slum.pki.request import make_request, new_key
+from slum.server import front, trust
+
+NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
+COMMIT_S = 20.0
+POLL_S = 0.05
+ATTEMPTS = 5
+
+
+class Place(Frozen):
+    """Who a member is to be, and where it is found."""
+
+    member: str
+    address: str
+    """The host's name or address, as the other members and machines reach it."""
+    api_port: int
+    ledger_port: int
+    listen: str = ""
+    """The address to listen on; all when empty."""
+
+    @property
+    def ledger(self) -> str:
+        return f"{bracketed(self.address)}:{self.ledger_port}"
+
+    @property
+    def api(self) -> str:
+        return f"{bracketed(self.address)}:{self.api_port}"
+
+    @property
+    def front(self) -> tuple[str, ...]:
+        """Where the front listens."""
+        hosts = (bracketed(self.listen),) if self.listen else ("0.0.0.0", "[::]")
+        return tuple(f"{host}:{self.api_port}" for host in hosts)
+
+    @property
+    def ledger_listen(self) -> str:
+        """One socket that takes IPv4 too, where the ledger listens everywhere."""
+        everywhere = "[::]" if socket.has_dualstack_ipv6() else "0.0.0.0"
+        return f"{bracketed(self.listen) or everywhere}:{self.ledger_port}"
+
+
+def bracketed(host: str) -> str:
+    """Return *host* as it stands before a port."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
+def check_name(member: str) -> str:
+    """Return *member* if it can be a member's name; ConfigError if not."""
+    if not NAME.fullmatch(member):
+        raise ConfigError(f"{member!r} is no name for a member: a-z, 0-9 and -, at most 32")
+    return member
+
+
+def own_name(home: Home) -> str | None:
+    """Return the name of the one member whose ledger is in *home*; None without one."""
+    if folder.current(home.state) is None:
+        return None
+    reader = Reader(home.state)
+    try:
+        members = reader.cluster().members
+    finally:
+        reader.close()
+    return members[0].id if len(members) == 1 else None
+
+
+def give_identity(home: Home, place: Place) -> identity.Me:
+    """Return who *home* is, as *place* says; ConfigError when it is somebody else already."""
+    me = identity.load(home.state)
+    if me is None:
+        recipient = trust.own_recipient(home)
+        identity.make(
+            home.state,
+            id=place.member,
+            listen=place.ledger_listen,
+            address=place.ledger,
+            api=place.api,
+            recipient=recipient,
+        )
+        me = identity.load(home.state)
+    if me is None or (me.id, me.address, me.api) != (place.member, place.ledger, place.api):
+        was = f"{me.id} at {me.address}" if me is not None else "nobody"
+        raise ConfigError(
+            f"this machine is the member {was}, not {place.member} at {place.ledger}; nothing was changed",
+            hint="a member keeps its name and addresses: leave (`slum server leave`) and join again to change them",
+        )
+    return me
+
+
+def offer(home: Home, me: identity.Me) -> api.MemberOffer:
+    """Return what the others must know of this member."""
+    row = identity.row(home.state, me)
+    return api.MemberOffer(
+        id=row.id,
+        incarnation=row.incarnation,
+        public_key=row.public_key,
+        address=row.address,
+        recipient=row.recipient,
+        api=row.api,
+    )
+
+
+def request(home: Home) -> str:
+    """Return a certificate request for this member's front, whose key is made if need be."""
+    home.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not home.front_key.exists():
+        trust.write(home.front_key, new_key())
+    return make_request(home.front_key.read_bytes())
+
+
+def keep_answer(home: Home, answer: api.JoinAnswer) -> None:
+    """Have on disk what a member's token brought; the ledger joins by it when it starts."""
+    trust.write(home.authority_certificate, answer.ca.encode())
+    trust.write(home.front_certificate, answer.certificate.encode())
+    members = tuple(Member(**{name: getattr(row, name) for name in row.__struct_fields__}) for row in answer.members)
+    joiner.prepare(home.state, Join(cluster=answer.cluster, members=members))
+
+
+async def found_authority(home: Home, actor: str) -> str:
+    """Give the fleet its authority and this member its certificate; return the recovery key, "" when there was an authority.
+
+    The ledger must run. QuorumLost when it does not commit in time; then it may be repeated.
+    """
+    me = identity.load(home.state)
+    if me is None:
+        raise SlumError(f"{home.state} has no identity")
+    reader = Reader(home.state)
+    try:
+        end = time.monotonic() + COMMIT_S
+        while not _has_key(reader, me):
+            if time.monotonic() > end:
+                raise QuorumLost("the ledger did not take up this member's key in time", hint="repeat the command")
+            await asyncio.sleep(POLL_S)
+        async with connect(home.ledger_socket) as ledger:
+            recovery = await trust.found(ledger, reader, home, recipients=(), actor=actor)
+            await trust.certify(ledger, reader, home, me.id)
+    finally:
+        reader.close()
+    return recovery
+
+
+async def open_front(home: Home, place: Place) -> None:
+    """Make the front run and answer; this member has its certificate. The server, which keeps it, may be at it too."""
+    for attempt in range(ATTEMPTS):
+        try:
+            async with await KeeperClient.connect(home) as keeper:
+                await front.ensure(keeper, home, place.front)
+            return
+        except KeeperError:
+            if attempt == ATTEMPTS - 1:
+                raise
+            await asyncio.sleep(0.5)
+
+
+async def close_front(home: Home) -> None:
+    """End the front of a member that has left."""
+    async with await KeeperClient.connect(home) as keeper:
+        await front.stop(keeper)
+    front.forget(home)
+
+
+def _has_key(reader: Reader, me: identity.Me) -> bool:
+    try:
+        return any(row.id == me.id and row.public_key for row in reader.cluster().members)
+    except QuorumLost:
+        return False
