@@ -30,8 +30,10 @@ from slum.wire import ExecRequest, RunRequest, StreamData, StreamEnd, StreamResi
 
 LINGER_S = 1.0
 """How long output may follow the command's end: its children may still hold it."""
-SETSID = ("/usr/bin/setsid", "--ctty", "--wait", "/bin/sh", "-c", 'trap : INT QUIT; "$@"; exit $?', "sh")
-"""Before the command, inside the wall: its own session with the terminal, so that ctrl-C reaches it and not the wall.
+COMMAND = ("/bin/sh", "-c", 'exec "$@"', "slum")
+"""Before the command, inside the wall: what cannot be executed ends with 127 (not there) or 126 and one message, at every level."""
+TERMINAL = ("/usr/bin/setsid", "--ctty", "--wait", "/bin/sh", "-c", 'trap : INT QUIT; (exec "$@"); exit $?', "slum")
+"""The same with a terminal: its own session with it, so that ctrl-C reaches the command and not the wall.
 
 The shell makes 128 + n of a signal that ends the command: setsid would complain, and end with n.
 """
@@ -62,8 +64,8 @@ class Shells:
         try:
             if not request.command:
                 raise ConfigError("no command was given")
-            if request.tty:
-                request = msgspec.structs.replace(request, command=(*SETSID, *request.command))
+            before = TERMINAL if request.tty else COMMAND
+            request = msgspec.structs.replace(request, command=(*before, *request.command))
             key = self._key(request.service, request.id)
             if isinstance(request, RunRequest):
                 spawn = self._run_spawn(key, request, token)

@@ -224,9 +224,18 @@ async def test_what_cannot_be_run_says_why(here: Site) -> None:
         worker("gone", script="exit 0", restart="never"),
     )
     await here.healthy("web", "walled")
-    assert "no program 'frobnicate'" in (await run(here, "frobnicate", given=None))[2]
-    status, said, _ = await enter(here, "frobnicate", name="walled", given=None)
-    assert (status, said[2]) == (127, "frobnicate: No such file or directory\n")
+    for name in ("web", "walled"):
+        for request in (RunRequest, ExecRequest):
+            for command, status, why in (
+                ("frobnicate", 127, "frobnicate: not found"),
+                ("./frobnicate", 127, "./frobnicate: not found"),
+                ("/etc/passwd", 126, "/etc/passwd: Permission denied"),
+            ):
+                for tty in (False, True):
+                    stream = await here.member.stream(request(service=name, command=(command,), tty=tty))
+                    ended, said, error = await result(stream, None)
+                    assert (ended, error) == (status, ""), (name, request, command, tty)
+                    assert why in said[1 if tty else 2], (name, request, command, tty)
     await here.member.until(lambda: here.phase("gone") is Phase.EXITED)
     assert "does not run" in (await enter(here, "true", name="gone", given=None))[2]
     assert "is declared on this machine" in (await run(here, "true", name="nobody", given=None))[2]
