@@ -21,6 +21,7 @@ from slum.paths import Home
 from slum.server import observed
 from slum.server.agents import Hub
 from slum.server.blobs import Blobs
+from slum.server.cluster import Adding
 from slum.server.copies import Copies
 from slum.server.decide import Action
 from slum.server.elsewhere import Elsewhere
@@ -69,6 +70,7 @@ class Control:
         self.blobs = Blobs(home.blobs)
         self.copies = Copies(self.blobs, self.relay, view, self.committed)
         self.sessions = Sessions()
+        self.adding = Adding(self)
         self.troubles: dict[str, str] = {}
         """By machine: why its operator did not do what is wanted."""
         self.sights: dict[str, Sight] = {}

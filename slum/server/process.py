@@ -102,6 +102,7 @@ def make_server(home: Home, remote: socket.socket) -> Server:
         "sessions": control.sessions.run(control),
         "front": front.keep(control),
         "copies": control.copies.run(),
+        "adding": control.adding.run(),
     }
 
     @asynccontextmanager
