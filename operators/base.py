@@ -54,6 +54,17 @@ class Machine(Frozen):
     """Unix seconds, where the provider tells."""
 
 
+class Held(Frozen):
+    """A machine that the ledger knows and that is not destroyed. *id* is as its intent foretold it."""
+
+    id: str
+    key: str
+    machine: str
+    tenement: str
+    is_made: bool
+    """False while what became of making it is not known."""
+
+
 class Deadlines(Frozen):
     """How long a caller shall wait for each verb; after that its outcome is unknown, not failed."""
 

@@ -101,6 +101,7 @@ def facts(_requests: BinaryIO) -> Fields:
         "apt": _which("apt-get"),
         "installed": sorted(path.name for path in _children(OPT) if (path / "bin/slum").exists()),
         "wheels": sorted(path.name for path in _children(WHEELS) if _children(path)),
+        "cluster": record.get("cluster", ""),
         "claim": record.get("claim") or {},
         "identity": identity,
         "runs": _runs(identity),
@@ -337,7 +338,7 @@ def _ran(argv: list[str], timeout_s: float, stdin: str = "") -> tuple[int, str]:
         env=ENVIRONMENT,
         cwd="/",
         start_new_session=True,
-        preexec_fn=None if kept else die_with_us,  # noqa: PLW1509 - one thread only
+        preexec_fn=None if kept else die_with_us,
     ) as process:
         try:
             output, _ = process.communicate(stdin.encode(), timeout=timeout_s)

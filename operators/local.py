@@ -20,7 +20,7 @@ from slum.errors import OperatorError, Unreachable
 from slum.frozen import Frozen
 from slum.node.keeperclient import Child, KeeperClient, KeeperError
 from slum.node.types import Spawn
-from slum.operators.base import Deadlines, Machine, MachineSpec
+from slum.operators.base import Deadlines, Held, Machine, MachineSpec
 from slum.paths import Home
 
 STOP_S = 10.0
@@ -34,6 +34,10 @@ class Site:
     home: Home
     member: str
     agent: Spawn
+    fence: tuple[int, ...] = ()
+    """Of the leader that calls, larger than those of all before it; hosts refuse an older one's steps."""
+    held: tuple[Held, ...] = ()
+    """What the ledger knew when the operator was made."""
 
 
 class Identity(Frozen):

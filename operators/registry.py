@@ -36,6 +36,12 @@ def _fly(definition: model.FlyOperator, site: Site) -> Operator:
     return Fly(definition, env=_variables(site))
 
 
+def _ssh(definition: model.SshOperator, site: Site) -> Operator:
+    from slum.operators.ssh import Ssh
+
+    return Ssh(definition, site)
+
+
 def _variables(site: Site) -> dict[str, str]:
     return {**os.environ, **secretenv.read(secret_file(site.home))}
 
@@ -44,6 +50,7 @@ MAKERS: dict[str, Callable[[Any, Site], Operator]] = {
     "local": lambda _, site: Local(site),
     "hetzner": _hetzner,
     "fly": _fly,
+    "ssh": _ssh,
 }
 """By type, from the definition of that type and the site."""
 

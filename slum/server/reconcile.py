@@ -17,7 +17,7 @@ from dataclasses import replace
 from slum import log, model
 from slum.errors import ConfigError, OperatorError, QuorumLost, SlumError
 from slum.ledger.commands import AnyCommand, Intent, LeaderInfo, Outcome, Rejected, new_request_id
-from slum.operators.base import Foretold, MachineSpec, Operator
+from slum.operators.base import Foretold, Held, MachineSpec, Operator
 from slum.operators.registry import make_operator
 from slum.server.boot import operator_site
 from slum.server.control import Control, Sight
@@ -127,7 +127,8 @@ class Reconciler:
         return found
 
     def _operators(self, definitions: Mapping[str, model.Operator], leader: LeaderInfo) -> dict[str, Operator]:
-        site = operator_site(self._control.home, leader.member or "")
+        fence = (leader.generation, leader.epoch, leader.term)
+        site = operator_site(self._control.home, leader.member or "", fence, held_machines(self._control.world()))
         made: dict[str, Operator] = {}
         for name, definition in definitions.items():
             try:
@@ -305,6 +306,21 @@ def known_machines(world: World) -> tuple[Known, ...]:
                 arrives_until=row.arrives_until,
             )
     return tuple(newest.values())
+
+
+def held_machines(world: World) -> tuple[Held, ...]:
+    """Return the machines that have an id and are not destroyed, as operators are told of them."""
+    return tuple(
+        Held(
+            id=row.machine_id,
+            key=key_of(row.machine, row.incarnation),
+            machine=row.machine,
+            tenement=row.tenement,
+            is_made=row.state == "created",
+        )
+        for row in world.rows
+        if row.machine_id and row.state != "destroyed"
+    )
 
 
 async def _call(operator: Operator, action: Create | Destroy, spec: MachineSpec) -> str:

@@ -1,0 +1,166 @@
+"""The ssh operator: hosts that are there already. A host holds one machine; creating bootstraps it, destroying frees it.
+
+The label of a machine is the claim in /var/lib/slum/host.json on its host, which is read and written under a lock there
+together with the leader's fencing token (bootstrap_hand.py). Which host a machine gets is known before the call, since
+the machine's id names it. A host that does not answer is no reason for anything: what the ledger believes to be there is
+still reported, so that nothing is made twice, and the other hosts go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from slum.errors import OperatorError
+from slum.model import SshHost, SshOperator
+from slum.operators import naming
+from slum.operators.base import Deadlines, Machine, MachineSpec
+from slum.operators.bootstrap import LOCK_S, Diary, Facts, Houses, bring_up, look
+from slum.operators.local import Site
+from slum.operators.ssh_hand import Hand, working
+from slum.operators.ssh_hosts import KeyFile, address_of, choose_host, host_in, machine_id
+from slum.operators.ssh_link import Dialer
+
+RESERVED_S = 60.0
+"""How long a host stays promised to a machine whose intent is not seen in the ledger yet."""
+LOOKS_MAX = 32
+
+
+class Promise(NamedTuple):
+    host: str
+    until: float
+
+
+_RESERVED: dict[str, dict[str, Promise]] = {}
+"""By cluster and key: promises of this process, which several objects of one operator share."""
+
+
+class Ssh:
+    deadlines = Deadlines(observe_s=60.0, create_s=900.0, destroy_s=240.0)
+
+    def __init__(self, definition: SshOperator, site: Site) -> None:
+        self._definition = definition
+        self._site = site
+        self._book = KeyFile(known_keys(site))
+        self._houses = Houses(site.home.data / "wheels")
+        self._hosts = {address_of(host, definition).id: host for host in definition.hosts}
+
+    def machine_id(self, spec: MachineSpec) -> str:
+        now = time.monotonic()
+        promised = _RESERVED.setdefault(spec.cluster, {})
+        for key in [key for key, promise in promised.items() if promise.until < now]:
+            del promised[key]
+        known = self._taken(spec.cluster)
+        taken = {key: promise.host for key, promise in promised.items()} | known
+        host = choose_host(self._hosts, spec.key, taken)
+        if spec.key not in known:
+            promised[spec.key] = Promise(host, now + RESERVED_S)
+        return machine_id(host, spec.cluster, spec.key)
+
+    async def observe(self, cluster: str) -> tuple[Machine, ...]:
+        looks = asyncio.Semaphore(LOOKS_MAX)
+        async with Dialer(self._definition, self._book) as dialer:
+
+            async def one(name: str, host: SshHost) -> Machine | None:
+                try:
+                    async with looks, self._hand(dialer, name, host) as hand:
+                        return _machine(name, cluster, await look(hand))
+                except OperatorError:
+                    return self._believed(name, cluster)
+
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(*item), name=f"look at {item[0]}") for item in self._hosts.items()]
+        return tuple(machine for task in tasks if (machine := task.result()) is not None)
+
+    async def create(self, spec: MachineSpec) -> Machine:
+        made = self.machine_id(spec)
+        name, _ = host_in(made) or ("", "")
+        host = self._hosts.get(name)
+        if host is None:
+            raise OperatorError(
+                f"{spec.machine} is on {name}, which is not among the hosts of operators.{self._definition.name} any more",
+                hint="put it back; to move the machine, remove its tenement, apply, and add it again",
+            )
+        diary = Diary(host_log(self._site, name))
+        try:
+            async with Dialer(self._definition, self._book) as dialer, self._hand(dialer, name, host) as hand:
+                await bring_up(hand, self._houses, spec, diary, fence=self._site.fence)
+                facts = await look(hand)
+        except OperatorError as error:
+            diary.note("failed", error.message)
+            raise
+        if not facts.is_machine(spec.cluster, spec.key):
+            raise OperatorError(
+                f"{name}: {spec.machine} was joined, but its keeper does not run",
+                hint=f"look at {diary.path} here, and at /var/lib/slum/logs/_slum there",
+            )
+        return Machine(id=made, cluster=spec.cluster, key=spec.key, machine=spec.machine, tenement=spec.tenement)
+
+    async def destroy(self, machine_id: str) -> None:
+        found = host_in(machine_id)
+        host = self._hosts.get(found[0]) if found else None
+        if found is None or host is None:
+            return
+        name, machine = found
+        diary = Diary(host_log(self._site, name))
+        async with Dialer(self._definition, self._book) as dialer, self._hand(dialer, name, host) as hand:
+            facts = await look(hand)
+            cluster = facts.cluster
+            await hand.ask("take", cluster=cluster, fence=list(self._site.fence), wait_s=LOCK_S)
+            done = await hand.ask("leave", name=machine, cluster=cluster)
+            diary.note("leave", f"{machine} {'is gone' if done['left'] else 'was not here'}")
+        for promised in _RESERVED.values():
+            for key in [key for key, promise in promised.items() if promise.host == name and _is_name(machine, key)]:
+                del promised[key]
+
+    @asynccontextmanager
+    async def _hand(self, dialer: Dialer, name: str, host: SshHost) -> AsyncIterator[Hand]:
+        async with dialer.to(host) as connection, working(name, connection) as hand:
+            yield hand
+
+    def _taken(self, cluster: str) -> dict[str, str]:
+        """Return the host of each key that the ledger knows, whichever operator made it."""
+        prefix = naming.prefix_of(cluster)
+        found = ((held.key, host_in(held.id)) for held in self._site.held)
+        return {key: place[0] for key, place in found if place is not None and place[1].startswith(prefix)}
+
+    def _believed(self, host: str, cluster: str) -> Machine | None:
+        """Return the machine that the ledger knows to be on *host*, which cannot be asked."""
+        for held in self._site.held:
+            if held.is_made and held.id == machine_id(host, cluster, held.key):
+                return Machine(id=held.id, cluster=cluster, key=held.key, machine=held.machine, tenement=held.tenement)
+        return None
+
+
+def _is_name(machine: str, key: str) -> bool:
+    found = naming.key_in(machine)
+    return found is not None and found[0] == key
+
+
+def known_keys(site: Site) -> Path:
+    """Return the file of host keys that were seen first."""
+    return site.home.state / "ssh" / "known_hosts"
+
+
+def host_log(site: Site, host: str) -> Path:
+    """Return the log of bootstraps of *host*."""
+    return site.home.logs / "_slum" / "bootstrap" / f"{re.sub('[^A-Za-z0-9.-]', '_', host)}.log"
+
+
+def _machine(host: str, cluster: str, facts: Facts) -> Machine | None:
+    claim = facts.claim
+    key = str(claim.get("key", ""))
+    if not facts.is_machine(cluster, key):
+        return None
+    return Machine(
+        id=machine_id(host, cluster, key),
+        cluster=cluster,
+        key=key,
+        machine=str(claim.get("machine", "")),
+        tenement=str(claim.get("tenement", "")),
+    )
