@@ -84,6 +84,10 @@ def prepare(places: Places) -> None:
             os.chmod(path, mode)  # whatever the umask was
         except FileExistsError:
             found = os.lstat(path)
+            if stat.S_ISLNK(found.st_mode):
+                raise PermissionError(
+                    f"{path} is a symbolic link; give the folder itself, {os.path.realpath(path)}"
+                ) from None
             if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
                 raise PermissionError(f"{path} is not a folder of user {os.geteuid()}") from None
             if found.st_mode & 0o022 or (mode == 0o700 and found.st_mode & 0o077 and path.startswith(places.private)):

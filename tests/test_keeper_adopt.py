@@ -254,6 +254,18 @@ async def test_folders_of_others_are_refused(rig: Rig) -> None:
     rig.home.private.chmod(0o700)
 
 
+async def test_a_linked_folder_is_refused_with_the_folder_behind_it(rig: Rig) -> None:
+    behind = rig.folder / "behind"
+    behind.mkdir(mode=0o711)
+    rig.home.data.symlink_to(behind)
+    rig.start()
+    process = rig.process
+    assert process is not None
+    await holds(lambda: process.poll() == 2)
+    assert f"{rig.home.data} is a symbolic link; give the folder itself, {behind}" in rig.said
+    rig.home.data.unlink()
+
+
 async def test_a_spawn_that_the_keepers_death_cut_short_leaves_no_unknown_process(rig: Rig) -> None:
     """Kill the keeper at random moments of a burst of spawns: all that executes is in the next keeper's table."""
     marker = f"slum-{os.getpid()}-{rig.folder.name}"
