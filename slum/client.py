@@ -169,6 +169,17 @@ class Client:
         """Return what the operators' providers would refuse in *fleet*; changes nothing."""
         return self._call("POST", "fleet/check", api.FleetCheck, body=fleet)
 
+    def pause(self) -> api.PauseView:
+        """Return whether a restore has paused the control plane, and what resuming would do."""
+        return self._call("GET", "/v1/pause", api.PauseView)
+
+    def resume(self) -> api.Resumed:
+        """Go on after a restore; may be repeated."""
+        body = api.ResumeRequest(request_id=self._request_id(), host=socket.gethostname())
+        done = self._commit("POST", "/v1/resume", api.Resumed, body)
+        self._saw(done.seq)
+        return done
+
     def has_blob(self, digest: str) -> bool:
         """Tell whether the control plane holds the blob."""
         answer = self._send(lambda: self._http.head(f"blobs/{digest}"), accept=(404,))

@@ -180,6 +180,21 @@ class Reader:
         rows = self._rows("SELECT revision, at, actor, why, summary, digest FROM revisions ORDER BY revision DESC")
         return tuple(_structs(api.Revision, rows))
 
+    def point(self, *, seq: int | None = None, at: float | None = None) -> tuple[int, float, int | None]:
+        """Return (seq, time, revision) of the last event that is not after *seq*, or *at*; of 0 before the first.
+
+        The revision is None when the one that was in force then is not kept any more.
+        """
+        where, value = ("seq <= ?", seq) if seq is not None else ("at <= ?", at)
+        found = self._rows(f"SELECT seq, at FROM events WHERE {where} ORDER BY number DESC LIMIT 1", (value,))
+        there, when = found[0] if found else (0, 0.0)
+        upto = there if seq is None else seq
+        kept = self._rows("SELECT revision FROM revisions WHERE seq <= ? ORDER BY revision DESC LIMIT 1", (upto,))
+        if kept:
+            return upto, when, kept[0][0]
+        first = self._rows("SELECT min(revision) FROM revisions")[0][0]
+        return upto, when, 0 if first in (None, 1) else None
+
     def overrides(self) -> dict[str, tuple[Override, ...]]:
         """Return what was asked of instances, by machine name."""
         by_machine: dict[str, list[Override]] = {}
