@@ -78,17 +78,13 @@ class Place(Frozen):
         return f"file://{self.path}" if self.kind == "file" else f"s3://{self.bucket}/{self.path}".rstrip("/")
 
 
-def config_file(home: Home) -> Path:
-    return home.data / "server.toml"
-
-
 def secrets_file(home: Home) -> Path:
     return home.data / "server.env"
 
 
 def load(home: Home) -> Settings | None:
     """Return [backup] of server.toml, None when there is none; ConfigError when it is not sound."""
-    file = config_file(home)
+    file = home.server_config
     if not file.exists():
         return None
     document = tomlfile.read(file)

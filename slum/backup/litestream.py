@@ -23,6 +23,7 @@ from typing import Any
 
 import msgspec
 
+from slum.backup import tied
 from slum.backup.config import Keys, Settings, place_of
 from slum.backup.manifest import prefix_of
 from slum.errors import SlumError
@@ -102,7 +103,7 @@ class Child:
         write_private(file, document)
         words = [program(), "replicate", "-config", str(file), "-no-expand-env"]
         self._process = subprocess.Popen(
-            [sys.executable, "-S", "-m", "slum.backup.tied", str(os.getpid()), *words],
+            [sys.executable, "-ISP", tied.__file__, str(os.getpid()), *words],
             stdin=subprocess.DEVNULL,
             stdout=2,
             env=_environment(),

@@ -44,6 +44,7 @@ class Verified(Frozen):
     seq: int
     ok: bool
     why: str = ""
+    hint: str = ""
     took_s: float = 0.0
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from slum import log
 from slum.backup import status, verify, writer
-from slum.backup.config import Keys, Settings, config_file, keys_of, load, secrets_file
+from slum.backup.config import Keys, Settings, keys_of, load, secrets_file
 from slum.backup.litestream import LitestreamFailed
 from slum.backup.manifest import Verified
 from slum.backup.status import Status
@@ -155,7 +155,7 @@ class Backup:
 
     def _load(self) -> None:
         """Read the configuration when its files have changed."""
-        files = (config_file(self._home), secrets_file(self._home))
+        files = (self._home.server_config, secrets_file(self._home))
         stamps = tuple(file.stat().st_mtime if file.exists() else 0.0 for file in files)
         if stamps == self._loaded_from:
             return

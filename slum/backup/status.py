@@ -8,7 +8,6 @@ from pathlib import Path
 import msgspec
 
 from slum.backup.manifest import Head
-from slum.backup.writer import folder_of
 from slum.frozen import Frozen
 from slum.paths import Home
 
@@ -36,7 +35,7 @@ class Status(Frozen):
 
 
 def file_of(home: Home) -> Path:
-    return folder_of(home) / "status.json"
+    return home.backup / "status.json"
 
 
 def write(home: Home, status: Status) -> None:

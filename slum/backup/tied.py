@@ -1,8 +1,8 @@
-"""Run a program that dies with whoever started it: ``python -m slum.backup.tied PARENT_PID PROGRAM ARGUMENTS...``.
+"""Run a program that dies with whoever started it: ``python tied.py PARENT_PID PROGRAM ARGUMENTS...``.
 
 The kernel sends SIGKILL when the parent's thread ends (prctl(2), PR_SET_PDEATHSIG), however it ends: no Litestream of a
 killed backup process goes on writing beside the next one's. Set here, after fork, because code between fork and exec in
-a process with threads may hang.
+a process with threads may hang. Standard library only: it is run as a file, by a bare interpreter.
 """
 
 from __future__ import annotations

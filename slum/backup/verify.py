@@ -22,5 +22,12 @@ def verified(store: Store, settings: Settings, keys: Keys) -> Verified:
         with tempfile.TemporaryDirectory(prefix="slum-verify-") as folder:
             seq = points.restored(store, settings, keys, Path(folder)).position.seq
     except (SlumError, OSError, sqlite3.Error) as error:
-        return Verified(at=time.time(), seq=seq, ok=False, why=str(error), took_s=time.monotonic() - began)
+        return Verified(
+            at=time.time(),
+            seq=seq,
+            ok=False,
+            why=str(error),
+            hint=getattr(error, "hint", ""),
+            took_s=time.monotonic() - began,
+        )
     return Verified(at=time.time(), seq=seq, ok=True, took_s=time.monotonic() - began)

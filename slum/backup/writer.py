@@ -54,10 +54,6 @@ class Overfull(SlumError):
     """The store was away for so long that what waits for it outgrew its bound."""
 
 
-def folder_of(home: Home) -> Path:
-    return home.data / "backup"
-
-
 class Writer:
     """A claim in force. Make one with opened()."""
 
@@ -70,7 +66,7 @@ class Writer:
         self._mirror = mirror
         self._lock = lock
         self._feed = Feed(home.state)
-        self._folder = folder_of(home)
+        self._folder = home.backup
         self.claim = claim
         self.head: Head | None = None
         """The HEAD that this claim moved last, or the one of before."""
@@ -269,7 +265,7 @@ def opened(home: Home, settings: Settings, keys: Keys, store: Store, *, member: 
 
     NotAllowed and Ignored say that a person must decide; StoreError and LitestreamFailed that it may be tried again.
     """
-    folder = folder_of(home)
+    folder = home.backup
     head_found = store.get(manifest.HEAD)
     head = None if head_found is None else manifest.decode_head(head_found.data)
     standing = follow.standing(home.state)
@@ -298,14 +294,14 @@ def opened(home: Home, settings: Settings, keys: Keys, store: Store, *, member: 
 
 def forget(home: Home) -> None:
     """Remove the mirror and the right to go on below its prefix."""
-    folder = folder_of(home)
+    folder = home.backup
     (folder / MINE).unlink(missing_ok=True)
     remove(folder / MIRROR)
 
 
 def locked(home: Home, wait_s: float) -> int:
     """Return a descriptor that holds the backup's lock, which a Litestream that still ends may keep for a moment."""
-    folder = folder_of(home)
+    folder = home.backup
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     end = time.monotonic() + wait_s

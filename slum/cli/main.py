@@ -48,6 +48,8 @@ SECTIONS: dict[str, dict[str, Entry]] = {
         "ps": Entry("slum.cli.look:ps", "List instances and their URLs."),
         "logs": Entry("slum.cli.logs:logs", "Print or follow the output of a service."),
         "events": Entry("slum.cli.events:events", "List, follow or verify the audit trail."),
+        "at": Entry("slum.cli.history:at", "Show the fleet as it was at a point."),
+        "diff": Entry("slum.cli.history:diff", "Show what changed between two points."),
         "explain": Entry("slum.cli.look:explain", "Tell why a service is in its state, and what to do."),
     },
     "Act on a service": {
@@ -59,6 +61,11 @@ SECTIONS: dict[str, dict[str, Entry]] = {
     },
     "Machines": {
         "drain": Entry("slum.cli.machines:drain", "Empty a machine and keep it empty until --undo."),
+    },
+    "Backup and recovery": {
+        "backup": Entry("slum.cli.backup:backup", "How far the backup is, and whether it can be restored."),
+        "restore": Entry("slum.cli.restore:restore", "Bring a control plane back from its backup."),
+        "resume": Entry("slum.cli.restore:resume", "Go on after a restore, once you have seen what would be done."),
     },
     "This machine": {
         "up": Entry("slum.cli.machine:up", "Start the control plane and the agent here."),

@@ -1,0 +1,220 @@
+"""From a backup to a ledger that can start: fetched, checked whole, in a new generation with one member, paused.
+
+Everything is made in a folder beside and moved into place by one rename, so a restore that fails, or is killed, has
+changed nothing. The new generation outranks all that the backup knows of: what old members, agents and operators hold of the
+old one is fenced. Nothing is started here, and nobody but the store is asked.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import sqlite3
+import uuid
+from contextlib import closing, suppress
+from pathlib import Path
+
+import msgspec
+
+from slum.backup import bundles, mirror, points
+from slum.backup.config import Keys, Settings
+from slum.backup.points import Point, Tell
+from slum.backup.store import Store
+from slum.errors import ConfigError
+from slum.frozen import Frozen
+from slum.ledger import folder, journal
+from slum.ledger.commands import Member
+from slum.ledger.schema import EpochRow, Position
+from slum.ledger.state import State
+from slum.ledger.world import Config
+from slum.paths import Home
+
+OURS = frozenset(
+    ("agent", "bundles", "services", "logs", "front", "boot.json", "server.toml", "server.env", "backup", "state")
+)
+"""What may lie in a data folder that has lost its control plane: services there live on."""
+
+CONFIG = Config()
+
+
+class Restored(Frozen):
+    """What was put in place. *missing* are bundles that the store lacks: the revisions that name them cannot be deployed."""
+
+    cluster: str
+    generation: int
+    was_generation: int
+    seq: int
+    chain: str
+    at: float
+    revision: int
+    member: str
+    url: str
+    missing: tuple[str, ...]
+    authority: str
+    """"none", "sealed" (to other keys: nobody here can sign), or "opened"."""
+
+
+def check_empty(home: Home) -> None:
+    """ConfigError unless nothing in *home*'s data folder would be in a restored ledger's way."""
+    if not home.data.exists():
+        return
+    if home.state.is_dir() and any(home.state.iterdir()):
+        raise ConfigError(
+            f"{home.state} is not empty; nothing was changed",
+            hint="a restore never replaces a ledger: name another --data-dir, or move that folder away first",
+        )
+    foreign = sorted(path.name for path in home.data.iterdir() if path.name not in OURS and path.name[0] != ".")
+    if foreign:
+        raise ConfigError(
+            f"{home.data} is not empty: {', '.join(foreign[:5])}; nothing was changed",
+            hint="name a --data-dir that is empty, or one that has lost its control plane",
+        )
+
+
+def member_here(home: Home) -> str | None:
+    """Return the name of the member whose local machine the agent of *home* is, if there is one."""
+    with suppress(OSError, msgspec.MsgspecError, TypeError):
+        machine = msgspec.json.decode(home.identity.read_bytes(), type=dict[str, object]).get("machine")
+        kind, _, name = str(machine).partition(":")
+        return name if kind == "local" and name else None
+    return None
+
+
+def restore(
+    home: Home,
+    store: Store,
+    settings: Settings,
+    keys: Keys,
+    *,
+    seq: int | None,
+    at: float | None,
+    member: str | None,
+    recovery_key: str | None,
+    actor: str,
+    now: float,
+    tell: Tell,
+    config: Config = CONFIG,
+) -> Restored:
+    """Put the ledger of the point that is asked for into *home*; it may be started then. See points.restored for errors."""
+    check_empty(home)
+    home.data.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
+    temporary = home.data / f".restore-{secrets.token_hex(6)}"
+    work = Home(data=temporary, run=home.run)
+    work.state.mkdir(mode=0o700, parents=True)
+    temporary.chmod(0o700)
+    try:
+        point = points.restored(store, settings, keys, temporary, seq=seq, at=at, tell=tell)
+        _check_machine(home, point)
+        name = member or member_here(home) or point.head.member or "m1"
+        path = work.state / folder.FIRST_STATE
+        mirror.strip(point.path)
+        point.path.rename(path)
+        authority = _authority(work, path, recovery_key)
+        was = point.position
+        fresh = _begin(work.state, path, point, _row(work, name), actor=actor, now=now, url=settings.url, config=config)
+        tell("fetching bundles")
+        missing = bundles.bring(store, work.blobs, _blobs_of(path))
+        folder.move_current(work.state, path.name)
+        check_empty(home)
+        if home.state.exists():
+            home.state.rmdir()
+        work.state.rename(home.state)
+        journal.sync_folder(home.data)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Restored(
+        cluster=fresh.cluster_id,
+        generation=fresh.generation,
+        was_generation=was.generation,
+        seq=was.seq,
+        chain=was.chain,
+        at=point.at,
+        revision=fresh.revision,
+        member=name,
+        url=settings.url,
+        missing=tuple(sorted(missing)),
+        authority=authority,
+    )
+
+
+def _check_machine(home: Home, point: Point) -> None:
+    """ConfigError when the agent in *home* runs services of another cluster."""
+    try:
+        cached = msgspec.json.decode((home.agent / "desired.json").read_bytes(), type=dict[str, object])
+    except (OSError, msgspec.MsgspecError):
+        return
+    theirs = cached.get("cluster")
+    if theirs and theirs != point.position.cluster_id:
+        raise ConfigError(
+            f"this machine runs services of cluster {str(theirs)[:8]}, the backup is of {point.position.cluster_id[:8]}; "
+            "nothing was changed",
+            hint="name the backup of that cluster, or an empty --data-dir",
+        )
+
+
+def _begin(
+    state_folder: Path,
+    path: Path,
+    point: Point,
+    row: Member,
+    *,
+    actor: str,
+    now: float,
+    url: str,
+    config: Config,
+) -> Position:
+    generation = max(point.position.generation + 1, point.head.generation + 1, int(now * 1000))
+
+    def make_journal(epoch: EpochRow) -> None:
+        identity = folder.journal_id(point.position.cluster_id, epoch)
+        journal.create(folder.journal_path(state_folder, epoch), identity, config.epoch_bytes).close()
+
+    state = State.open(path)
+    try:
+        return state.begin_generation(
+            generation,
+            uuid.uuid4().hex[:16],
+            actor=actor,
+            at=now,
+            make=make_journal,
+            members=(row,),
+            paused=f"restored sequence {point.position.seq} from {url}",
+        )
+    finally:
+        state.close()
+
+
+def _row(work: Home, name: str) -> Member:
+    """Return the new only member: a new disk is a new incarnation, whatever it is called."""
+    recipient = ""
+    if work.member_age.exists():
+        from slum.pki.authority import recipient_of
+
+        recipient = recipient_of(work.member_age.read_text())
+    return Member(id=name, incarnation=uuid.uuid4().hex[:16], recipient=recipient)
+
+
+def _authority(work: Home, path: Path, recovery_key: str | None) -> str:
+    """Seal the authority's key, if there is one, to the new member; the recovery key opens what was sealed to the old."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        rows = db.execute("SELECT certificate, box, recovery FROM authority").fetchall()
+        if not rows:
+            if recovery_key is not None:
+                raise ConfigError("the backup holds no authority to open", hint="leave --recovery-key-file away")
+            return "none"
+        if recovery_key is None:
+            return "sealed"
+        from slum.pki import authority
+        from slum.server import trust
+
+        ((certificate, box, recovery),) = rows
+        sealed = authority.reseal(box, recovery_key, {recovery, trust.own_recipient(work)})
+        db.execute("UPDATE authority SET box = ?", (sealed,))
+    trust.write(work.authority_certificate, certificate.encode())
+    return "opened"
+
+
+def _blobs_of(path: Path) -> set[str]:
+    with closing(sqlite3.connect(path)) as db:
+        return {row[0] for row in db.execute("SELECT DISTINCT digest FROM blobs")}

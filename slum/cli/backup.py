@@ -1,0 +1,195 @@
+"""`slum backup status` and `verify`: how far the backup is, and whether it can be restored. Changes nothing."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from slum.cli.base import Invocation, SlumGroup, command
+from slum.errors import ConfigError, SlumError, Unhealthy
+
+if TYPE_CHECKING:
+    from slum.backup.config import Keys, Settings
+    from slum.backup.manifest import Head
+    from slum.backup.status import Status
+    from slum.backup.store import Store
+
+STALE_S = 30.0
+
+
+def store_options(function: Any) -> Any:
+    """Add how a store is reached that is not the one of this machine's server.toml."""
+    for option in reversed(
+        (
+            click.option("--endpoint", metavar="URL", help="Of an S3 server that is not Amazon's."),
+            click.option("--region", metavar="NAME", help="Of the S3 server.  [default: us-east-1]"),
+            click.option(
+                "--secrets-ref",
+                metavar="file:/ABS",
+                help="A file with AWS_ACCESS_KEY_ID=... and AWS_SECRET_ACCESS_KEY=...  [default: the environment]",
+            ),
+        )
+    ):
+        function = option(function)
+    return function
+
+
+def settings_of(
+    asked: Invocation, url: str | None, endpoint: str | None, region: str | None, secrets_ref: str | None
+) -> tuple[Settings, Keys, Store]:
+    """Return the store that *url* and its options name, else the one of server.toml; ConfigError when there is none."""
+    from slum.backup import config
+    from slum.backup.store import open_store
+
+    if url is not None:
+        settings = config.made(url, endpoint=endpoint, region=region, secrets_ref=secrets_ref)
+        keys = config.keys_of(settings, os.environ, None)
+        return settings, keys, open_store(settings, keys)
+    found = config.load(asked.home)
+    if found is None:
+        raise ConfigError(
+            f"no backup is configured: there is no [backup] in {asked.home.server_config}",
+            hint='write [backup] and url = "s3://BUCKET/PREFIX" or "file:///FOLDER" into it, then `slum up`',
+        )
+    keys = config.keys_of(found, os.environ, config.secrets_file(asked.home))
+    return found, keys, open_store(found, keys)
+
+
+@command(
+    "status",
+    examples="""
+    slum backup status
+    slum backup status --json
+    """,
+)
+def status(asked: Invocation) -> int | None:
+    """Show where the backup goes, how far behind it is, and when a restore was tried last.
+
+    Ends with 8 when it is behind, refused or its last trial failed.
+    """
+    from slum.backup import status as said
+
+    settings, _keys, store = settings_of(asked, None, None, None, None)
+    found = said.read(asked.home)
+    head = _head(store)
+    well = _is_well(found, head)
+    if asked.json:
+        trouble = head.message if isinstance(head, SlumError) else ""
+        shown = None if isinstance(head, SlumError) else head
+        asked.emit({"url": settings.url, "ok": well, "trouble": trouble, "process": found, "head": shown})
+        return None if well else Unhealthy.exit_code
+    for line in _lines(asked, settings, found, head, time.time()):
+        asked.say(line)
+    return None if well else Unhealthy.exit_code
+
+
+def _head(store: Store) -> Head | SlumError | None:
+    from slum.backup import manifest
+
+    try:
+        found = store.get(manifest.HEAD)
+        return None if found is None else manifest.decode_head(found.data)
+    except SlumError as error:
+        return error
+
+
+def _is_well(found: Status | None, head: Head | SlumError | None) -> bool:
+    if isinstance(head, SlumError) or head is None:
+        return False
+    if head.verified is not None and not head.verified.ok:
+        return False
+    return found is None or found.state in ("running", "waiting")
+
+
+def _lines(
+    asked: Invocation, settings: Settings, found: Status | None, head: Head | SlumError | None, now: float
+) -> list[str]:
+    from slum.render import clean, seconds, size
+
+    lines = [f"backup     {settings.url}"]
+    lines.append(f"process    {_process(asked, found, now)}")
+    if isinstance(head, SlumError):
+        return [
+            *lines,
+            f"store      {asked.paint('does not answer', 'bad')}: {clean(head.message)}",
+            f"  next: {head.hint}",
+        ]
+    if head is None:
+        return [*lines, f"store      {asked.paint('empty', 'warn')}: nothing has been sent yet"]
+    lines.append(
+        f"store      sequence {head.seq}, revision {head.revision}, {seconds(now - head.at)} ago by {head.member or 'nobody'}"
+    )
+    lag = found.lag if found is not None and now - found.at < STALE_S else None
+    if lag is not None and found is not None:
+        text = "nothing is waiting" if lag == 0 else f"{lag} entries, {found.lag_s:.1f} s"
+        lines.append(f"lag        {asked.paint(text, 'good' if lag == 0 else 'warn')}")
+    reach = f"from sequence {head.spans[0].first_seq}, {seconds(now - head.spans[0].first_at)} ago"
+    lines.append(f"reach      {reach}; {len(head.spans)} claims, generation {head.generation}")
+    waits = f", {size(found.backlog_bytes)} beside it" if found is not None else ""
+    lines.append(f"size       {size(head.bytes)}{waits}")
+    if head.verified is None:
+        lines.append(f"verified   {asked.paint('never', 'warn')}")
+    else:
+        word = asked.paint("restored", "good") if head.verified.ok else asked.paint("failed", "bad")
+        why = "" if head.verified.ok else f": {clean(head.verified.why)}"
+        lines.append(f"verified   {word} {seconds(now - head.verified.at)} ago, sequence {head.verified.seq}{why}")
+    if found is not None and found.hint:
+        lines.append(f"  next: {clean(found.hint)}")
+    return lines
+
+
+def _process(asked: Invocation, found: Status | None, now: float) -> str:
+    from slum.render import clean, seconds
+
+    if found is None:
+        return f"{asked.paint('never ran here', 'warn')}: `slum up` starts it"
+    if now - found.at > STALE_S:
+        return f"{asked.paint('silent', 'bad')} for {seconds(now - found.at)}: `slum up` starts it"
+    style = {"running": "good", "refused": "bad", "behind": "bad"}.get(found.state, "warn")
+    return asked.paint(found.state, style) + (f": {clean(found.why)}" if found.why else f", pid {found.pid}")
+
+
+@command(
+    "verify",
+    examples="""
+    slum backup verify
+    slum backup verify --from s3://backups/fleet --endpoint https://s3.example.com
+    """,
+)
+@click.option("--from", "url", metavar="URL", help="Another backup than the one of server.toml.")
+@store_options
+def verify(
+    asked: Invocation, url: str | None, endpoint: str | None, region: str | None, secrets_ref: str | None
+) -> int | None:
+    """Restore the newest point to a temporary folder and check all of it: integrity, chain, events, rows.
+
+    Ends with 8 when it cannot be restored; says what can.
+    """
+    from slum.backup import verify as trial
+    from slum.render import clean
+
+    settings, keys, store = settings_of(asked, url, endpoint, region, secrets_ref)
+    found = trial.verified(store, settings, keys)
+    if asked.json:
+        asked.emit({"url": settings.url, **{name: getattr(found, name) for name in found.__struct_fields__}})
+    elif found.ok:
+        asked.say(
+            f"sequence {found.seq} was restored and checked in {found.took_s:.1f} s: {asked.paint('it holds', 'good')}"
+        )
+    else:
+        asked.say(f"{asked.paint('it does not hold', 'bad')}: {clean(found.why)}")
+        if found.hint:
+            asked.say(f"  next: {clean(found.hint)}")
+    return None if found.ok else Unhealthy.exit_code
+
+
+@click.group("backup", cls=SlumGroup, epilog="  slum backup status\n  slum backup verify", no_args_is_help=True)
+def backup() -> None:
+    """Where the ledger is backed up to, how far behind, and whether it can be restored (docs/backup.md)."""
+
+
+backup.add_command(status)
+backup.add_command(verify)
