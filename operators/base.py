@@ -18,7 +18,7 @@ class Join(Frozen):
     """How a new machine joins home. *token* is for that machine alone and is shown by no repr."""
 
     server: str
-    """The control plane's URL."""
+    """The URLs of the control plane's members, a blank between two."""
     token: str
 
     def __repr__(self) -> str:

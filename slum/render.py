@@ -149,11 +149,3 @@ def quantity(count: int, one: str, many: str = "") -> str:
 def instance_name(service: str, instance: str, *, alone: bool) -> str:
     """Return how people name an instance: by its service when it is the only one, else SERVICE/ID."""
     return service if alone else f"{service}/{instance}"
-
-
-def closest(word: str, known: Iterable[str]) -> str:
-    """Return "; did you mean `x`?" for the nearest of *known*, or ""."""
-    from difflib import get_close_matches
-
-    near = get_close_matches(word, sorted(known), n=1)
-    return f"; did you mean `{near[0]}`?" if near else ""

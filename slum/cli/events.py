@@ -76,10 +76,10 @@ def events(
 
 def _none_found(client: Client, kind: str | None) -> str:
     """Return what to say instead of an empty page; a kind that nobody ever wrote is likely mistyped."""
-    from slum.render import closest
+    from slum.problem import nearest
 
     kinds = {event.kind for event in client.events(limit=PAGE, newest=True)}
-    near = closest(kind, kinds) if kind is not None and kind not in kinds else ""
+    near = nearest(kind, kinds) if kind is not None and kind not in kinds else ""
     return f"no event matches{near}"
 
 

@@ -81,7 +81,7 @@ def join(
     """
     from slum.node.join import join as join_fleet
 
-    urls = url or tuple(os.environ.get(ENV_SERVER, "").replace(",", " ").split())
+    urls = tuple(one for given in url or (os.environ.get(ENV_SERVER, ""),) for one in given.replace(",", " ").split())
     if not urls:
         raise ConfigError("where is the control plane?", hint="slum join https://HOST --token-file FILE")
     new = join_fleet(

@@ -12,7 +12,7 @@ from slum.cli.story import explain_lines
 from slum.cli.target import service_argument, split_target
 from slum.cli.views import cluster_lines, ps_lines, status_lines
 from slum.errors import ConfigError
-from slum.render import closest
+from slum.problem import nearest
 
 
 @command(
@@ -112,17 +112,17 @@ def chosen(
     """Return the instances that are meant; ConfigError with the nearest name when there is none."""
     of_service = tuple(view for view in found if view.report.service == service)
     if not of_service:
-        near = closest(service, {view.report.service for view in found})
+        near = nearest(service, {view.report.service for view in found})
         raise ConfigError(f"there is no service {service!r}{near}", hint="`slum ps` lists them")
     of_id = tuple(view for view in of_service if instance in (None, view.report.id))
     if not of_id:
-        near = closest(str(instance), {view.report.id for view in of_service})
+        near = nearest(str(instance), {view.report.id for view in of_service})
         raise ConfigError(
             f"service {service} has no instance {instance!r}{near}", hint=f"`slum ps {service}` lists them"
         )
     there = tuple(view for view in of_id if tenement is None or _is_machine_of(view.tenement, tenement))
     if not there:
-        near = closest(str(tenement), {view.tenement for view in of_id})
+        near = nearest(str(tenement), {view.tenement for view in of_id})
         raise ConfigError(f"service {service} does not run on {tenement!r}{near}", hint=f"`slum ps {service}`")
     return there
 

@@ -13,7 +13,7 @@ import click
 
 from slum.cli.base import Invocation, SlumGroup, command
 from slum.errors import ConfigError
-from slum.render import closest
+from slum.problem import nearest
 
 EXAMPLES = """
   slum secret set STRIPE_KEY < key.txt
@@ -97,7 +97,7 @@ def remove(asked: Invocation, name: str, operator: bool) -> None:
     file = _file(asked, operator)
     held = secretenv.read(file)
     if name not in held:
-        raise ConfigError(f"no secret {name} is kept here{closest(name, held)}", hint="`slum secret list`")
+        raise ConfigError(f"no secret {name} is kept here{nearest(name, held)}", hint="`slum secret list`")
     secretenv.write(file, {other: value for other, value in held.items() if other != name})
     asked.say(f"removed {name} from {file}")
 

@@ -16,7 +16,7 @@ from slum.errors import ConfigError, Conflict, QuorumLost, SlumError
 from slum.ledger import identity
 from slum.ledger.beginning import FIRST_MEMBER
 from slum.ledger.commands import AnyCommand, Done, Proposal, Rejected
-from slum.operators.base import Join, Machine
+from slum.operators.base import Machine
 from slum.paths import Home
 from slum.server import observed
 from slum.server.agents import Hub
@@ -26,6 +26,7 @@ from slum.server.copies import Copies
 from slum.server.decide import Action
 from slum.server.elsewhere import Elsewhere
 from slum.server.guard import Sessions
+from slum.server.joins import Joins
 from slum.server.link import Link
 from slum.server.notes import Notes
 from slum.server.pulse import Pulse
@@ -73,6 +74,7 @@ class Control:
         self.adding = Adding(self)
         self.troubles: dict[str, str] = {}
         """By machine: why its operator did not do what is wanted."""
+        self.joins = Joins(self)
         self.sights: dict[str, Sight] = {}
         """By operator: what it was last seen to have, where the reconcile loop runs."""
         self.foretold: tuple[Action, ...] | None = None
@@ -105,13 +107,6 @@ class Control:
         result = await self.link.propose(proposal, deadline_s=deadline_s)
         self.world()
         return result
-
-    async def join_of(self, key: str) -> Join:
-        """Return how the machine *key* shall join home, with a new token for it alone; ConfigError when none can join."""
-        raise ConfigError(
-            f"{key} could not join: this control plane is reachable from this machine only",
-            hint="`slum server init` opens it",
-        )
 
     async def watch(self) -> None:
         """Notice every move of the ledger's seq, for ever: push to the agents, wake who waits."""

@@ -240,7 +240,7 @@ class Reconciler:
             return f"the operator {action.operator!r} is not known"
         is_create = isinstance(action, Create)
         deadline_s = operator.deadlines.create_s if is_create else operator.deadlines.destroy_s
-        spec = await self._spec(action, world, definition[action.operator])
+        spec = await self._spec(action, world, definition[action.operator], operator)
         intent = Intent(
             action=secrets.token_hex(8),
             kind="create" if is_create else "destroy",
@@ -270,7 +270,9 @@ class Reconciler:
             self._sights.pop(action.operator, None)
         return await self._end(Outcome(action=intent.action, ok=True, machine_id=machine_id), leader)
 
-    async def _spec(self, action: Create | Destroy, world: World, definition: model.Operator) -> MachineSpec:
+    async def _spec(
+        self, action: Create | Destroy, world: World, definition: model.Operator, operator: Operator
+    ) -> MachineSpec:
         """Return what the operator is told of *action*'s machine; one that is made elsewhere gets a token to join with."""
         key, tenement = key_of(action.machine, action.incarnation), world.tenement_of(action.machine)
         joins = isinstance(action, Create) and not isinstance(definition, model.LocalOperator)
@@ -279,7 +281,7 @@ class Reconciler:
             key=key,
             machine=action.machine,
             tenement=action.tenement,
-            join=await self._control.join_of(key) if joins else None,
+            join=await self._control.joins.of(key, operator.deadlines.create_s) if joins else None,
             ports=tenement.public_ports if tenement else (),
         )
 

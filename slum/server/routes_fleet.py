@@ -17,7 +17,7 @@ from slum.model import Fleet, Operator
 from slum.operators.base import Checked
 from slum.operators.local import Site
 from slum.operators.registry import make_operator
-from slum.render import closest
+from slum.problem import nearest
 from slum.server.admission import admit
 from slum.server.blobs import DIGEST
 from slum.server.boot import operator_site
@@ -152,7 +152,7 @@ def _machines(world: World, name: str) -> tuple[str, ...]:
     found = tuple(m for t in world.fleet.tenements for m in t.machine_names if name in (m, t.name))
     if not found:
         names = {m for t in world.fleet.tenements for m in (t.name, *t.machine_names)}
-        raise Missing(f"there is no tenement {name!r}{closest(name, names)}", hint="`slum status` lists them")
+        raise Missing(f"there is no tenement {name!r}{nearest(name, names)}", hint="`slum status` lists them")
     return found
 
 

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import inspect
 
 from slum.errors import ConfigError
-from slum.render import closest
+from slum.problem import nearest
 
 PROBLEMS_MAX = 100
 
@@ -35,7 +35,7 @@ def refuse_names(given: Iterable[str], kind: type[msgspec.Struct]) -> None:
     known = set(kind.__struct_encode_fields__)
     for name in given:
         if name not in known:
-            raise ConfigError(f"{name}: unknown parameter{closest(name, known)}")
+            raise ConfigError(f"{name}: unknown parameter{nearest(name, known)}")
 
 
 @lru_cache(maxsize=64)
@@ -56,7 +56,7 @@ def _unknown(value: Any, kind: inspect.Type, at: str) -> Iterator[str]:
                 if name in known:
                     yield from _unknown(inner, known[name], path)
                 elif name != tag:
-                    yield f"{path[:200]}: unknown field{closest(name[:100], known)}"
+                    yield f"{path[:200]}: unknown field{nearest(name[:100], known)}"
         case inspect.VarTupleType(item_type=item) | inspect.ListType(item_type=item) if isinstance(value, list):
             for number, inner in enumerate(value):
                 yield from _unknown(inner, item, f"{at}[{number}]")
