@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 BESIDE_S = 0.5
 """A door that has not opened by then is tried on beside the next one."""
+RENEWED_S = 3600.0
+"""For so long after a renewal no member is believed that the certificate has expired."""
 READ_BYTES = 64 << 10
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -130,6 +133,7 @@ class Far:
         self._home = home
         self._context: ssl.SSLContext | None = None
         self._lost = ""
+        self._trusted_until = 0.0
 
     def doors(self) -> tuple[tuple[Door, ...], ...]:
         known = random.sample(self.told.servers, len(self.told.servers))
@@ -159,11 +163,14 @@ class Far:
             log.get().warning("servers_not_kept", why=str(error))
 
     def expired(self) -> None:
-        self.expiry.set()
+        """Have the certificate renewed, unless it just was: then one of the two clocks is the trouble."""
+        if time.monotonic() >= self._trusted_until:
+            self.expiry.set()
 
     def renewed(self) -> None:
         """Take up what a renewal left on the disk."""
         self.expiry.clear()
+        self._trusted_until = time.monotonic() + RENEWED_S
         told = homes.read_home(self._home)
         if told is not None:
             self.told = told

@@ -112,6 +112,8 @@ class WebSocket:
     async def _read(self) -> None:
         try:
             data = await self._reader.read(READ_BYTES)
+            if not data and not self._accepted:
+                raise Unreachable("the member is gone: it hung up before it answered")
             self.heard_at = asyncio.get_running_loop().time()
             self._protocol.receive_data(data or None)
             for event in self._protocol.events():

@@ -93,6 +93,8 @@ class Member:
         self.refused = ""
         self.desired: wire.Desired | None = None
         self.blobs: dict[str, bytes] = {}
+        self.open_lines = 0
+        """Agents' lines that are open now."""
         self._changed = asyncio.Condition()
         self._server: asyncio.Server | None = None
         self._line: Connection | None = None
@@ -113,6 +115,16 @@ class Member:
         if self._server is not None:
             await self._server.wait_closed()
         self._line = None
+
+    @property
+    def connected(self) -> bool:
+        """Whether an agent's line is open, and has said hello."""
+        return self._line is not None and bool(self.hellos)
+
+    def say(self, message: object) -> None:
+        """Send *message* to the agent that is connected."""
+        assert self._line is not None
+        self._line.send(message)
 
     def push(self, desired: wire.Desired) -> None:
         self.desired = desired
@@ -179,12 +191,16 @@ class Member:
 
     async def _agent(self, connection: Connection) -> None:
         self._line = connection
-        async with asyncio.TaskGroup() as group:
-            group.create_task(connection.read())
-            while (data := await connection.received.get()) is not None:
-                self._hear(wire.from_agent.decode(data), connection)
-                async with self._changed:
-                    self._changed.notify_all()
+        self.open_lines += 1
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(connection.read())
+                while (data := await connection.received.get()) is not None:
+                    self._hear(wire.from_agent.decode(data), connection)
+                    async with self._changed:
+                        self._changed.notify_all()
+        finally:
+            self.open_lines -= 1
         if self._line is connection:
             self._line = None
 
