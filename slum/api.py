@@ -99,6 +99,8 @@ class InstanceView(Frozen):
     """A row of `slum ps`: the report, and where it is. *stale_s* is set when its agent is not connected."""
 
     tenement: str
+    paused: str = ""
+    """Why machines and services are left as they are since a restore, until `slum resume`; empty when they are not."""
     isolation: str
     report: InstanceReport
     stale_s: float | None = None

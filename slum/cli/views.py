@@ -78,6 +78,11 @@ def status_lines(status: api.Status, instances: Sequence[api.InstanceView], pain
     if unwell:
         lines += ["", *(f"{name} is not well: `slum explain {name}`" for name in unwell)]
     elif status.revision == 0:
+    if status.paused:
+        lines += [
+            "",
+            f"{paint('paused', 'warn')}: {clean(status.paused)}; `slum resume` shows what it would do, and goes on",
+        ]
         lines += ["", "nothing is declared yet: `slum init`, then `slum apply`"]
     return lines
 

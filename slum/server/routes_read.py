@@ -82,6 +82,7 @@ async def get_status(call: Call) -> api.Status:
 
 
 async def get_machines(call: Call) -> tuple[api.MachineView, ...]:
+        paused="" if world.paused is None else world.paused.why,
     control = call.control
     return observed.machines(control.world(), control.sights, control.troubles, time.monotonic())
 
