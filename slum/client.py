@@ -171,12 +171,12 @@ class Client:
 
     def pause(self) -> api.PauseView:
         """Return whether a restore has paused the control plane, and what resuming would do."""
-        return self._call("GET", "/v1/pause", api.PauseView)
+        return self._call("GET", "pause", api.PauseView)
 
     def resume(self) -> api.Resumed:
         """Go on after a restore; may be repeated."""
         body = api.ResumeRequest(request_id=self._request_id(), host=socket.gethostname())
-        done = self._commit("POST", "/v1/resume", api.Resumed, body)
+        done = self._commit("POST", "resume", api.Resumed, body)
         self._saw(done.seq)
         return done
 
@@ -280,7 +280,7 @@ class Client:
                 if answer.status_code < 400 or answer.status_code in accept:
                     return answer
                 failed = problem_of(answer.status_code, answer.content)
-                retry = isinstance(failed, QuorumLost)
+                retry = isinstance(failed, QuorumLost) and not failed.lasting
             pause = RETRY_MS[min(attempt, len(RETRY_MS) - 1)] / 1000
             if not retry or time.monotonic() + pause > deadline:
                 raise failed

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from slum.backup import config, points
+from slum.backup import points
 from slum.backup.config import Keys, Settings
 from slum.backup.points import Tell
 from slum.backup.store import Store
-from slum.errors import ConfigError, QuorumLost, SlumError
+from slum.errors import ConfigError, QuorumLost, SlumError, Unreachable
 from slum.frozen import Frozen
 from slum.ledger import folder
 from slum.ledger.reader import MachineRow, Reader
@@ -57,26 +57,26 @@ class History:
 
     def at(self, *, seq: int | None = None, at: float | None = None) -> Then:
         """Return the fleet at *seq*, or as of *at*; ConfigError when neither ledger nor backup holds the point."""
-        if not self._backup_only and folder.current(self._home.state) is not None:
-            with closing(Reader(self._home.state)) as reader:
-                now = reader.seq()
-                if seq is not None and seq > now:
-                    raise ConfigError(f"the ledger has come to sequence {now}, {seq} is still to come")
-                found = _unchanged(reader, now, seq, at)
-                if found is None and config.load(self._home) is None:
-                    found = _by_revision(reader, seq, at)
+        if self._backup_only or folder.current(self._home.state) is None:
+            return self._from_backup(seq, at)
+        with closing(Reader(self._home.state)) as reader:
+            now = reader.seq()
+            if seq is not None and seq > now:
+                raise ConfigError(f"the ledger has come to sequence {now}, {seq} is still to come")
+            found = _unchanged(reader, now, seq, at)
             if found is not None:
                 return found
-        return self._from_backup(seq, at)
+            try:
+                return self._from_backup(seq, at)
+            except (ConfigError, Unreachable) as error:
+                found = _by_revision(reader, seq, at)
+                if found is None:
+                    raise
+                self._tell(f"{error.message}; told by the ledger's own records, without machines")
+                return found
 
     def _from_backup(self, seq: int | None, at: float | None) -> Then:
-        try:
-            settings, keys, store = self._reach()
-        except ConfigError as error:
-            raise ConfigError(
-                f"the ledger here does not keep this point any more, and there is no backup to ask: {error.message}",
-                hint=error.hint,
-            ) from error
+        settings, keys, store = self._reach()
         self._folder = self._folder or Path(tempfile.mkdtemp(prefix="slum-at-"))
         place = Path(tempfile.mkdtemp(dir=self._folder))
         point = points.restored(store, settings, keys, place, seq=seq, at=at, tell=self._tell)
