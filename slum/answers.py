@@ -44,6 +44,8 @@ def raised(problem: api.Problem) -> SlumError:
         return ConfigError(problem.message, hint=problem.hint, problems=problem.details)
     if kind is Conflict:
         return Conflict(problem.message, hint=problem.hint, changes=problem.details)
+    if kind is QuorumLost:
+        return QuorumLost(problem.message, hint=problem.hint, lasting=problem.lasting)
     return kind(problem.message, hint=problem.hint)
 
 

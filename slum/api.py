@@ -31,6 +31,8 @@ class Problem(Frozen):
     hint: str = ""
     details: tuple[str, ...] = ()
     """ConfigError.problems or Conflict.changes."""
+    lasting: bool = False
+    """QuorumLost.lasting: another member may answer otherwise, this one will not soon."""
 
 
 class MemberView(Frozen):
@@ -51,6 +53,10 @@ class LedgerView(Frozen):
     seq: int
     leader: str | None
     members: tuple[MemberView, ...]
+    majority: bool = True
+    """False while the member that answers reaches no majority: nothing can be changed from here."""
+    age_s: float = 0.0
+    """How old what it knows may be: since it last heard a leader."""
     silent_s: float | None = None
     """None while the ledger process answers; else since when it has not: all that is shown may be so old, no change possible."""
 
@@ -93,14 +99,14 @@ class Status(Frozen):
     tenements: tuple[TenementView, ...] = ()
     counts: dict[str, int] = {}
     """Instances by phase."""
+    paused: str = ""
+    """Why machines and services are left as they are since a restore, until `slum resume`; empty when they are not."""
 
 
 class InstanceView(Frozen):
     """A row of `slum ps`: the report, and where it is. *stale_s* is set when its agent is not connected."""
 
     tenement: str
-    paused: str = ""
-    """Why machines and services are left as they are since a restore, until `slum resume`; empty when they are not."""
     isolation: str
     report: InstanceReport
     stale_s: float | None = None
@@ -370,10 +376,12 @@ class RenewRequest(Frozen):
 
 
 class TokenRequest(Frozen):
-    """*subject*: a user's name; a machine's name or key ("machine.incarnation"); a member's id, or "" for any."""
+    """*subject*: a user's name; a machine's name or key ("machine.incarnation"); a member's id, or "" for any.
+
+    Sent again it makes another token: the first one's secret was said once, and it expires.
+    """
 
     kind: str
-    request_id: str
     subject: str = ""
     role: str = ""
     ttl_s: float = 3600.0

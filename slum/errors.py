@@ -87,10 +87,17 @@ class Unreachable(SlumError):
 
 
 class QuorumLost(SlumError):
-    """The ledger has no leader or cannot commit; reads may still work. Safe to retry with the same request id."""
+    """The ledger has no leader or cannot commit; reads may still work. Safe to retry with the same request id.
+
+    *lasting* says that it has been so for a while: to try again at once is of no use.
+    """
 
     exit_code = 7
     code = "no_quorum"
+
+    def __init__(self, message: str, *, hint: str = "", lasting: bool = False) -> None:
+        super().__init__(message, hint=hint)
+        self.lasting = lasting
 
 
 class Unhealthy(SlumError):

@@ -399,7 +399,7 @@ def _say_replacement(asked: Invocation, member: str) -> None:
         known = {row.id for row in client.cluster().members}
         if member not in known:
             raise ConfigError(f"{member} is no member; there is {', '.join(sorted(known))}")
-        made = client.new_token("member")
+        made = client.add_token("member")
     if asked.json:
         asked.emit(made)
         return

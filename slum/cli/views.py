@@ -57,6 +57,10 @@ def status_lines(status: api.Status, instances: Sequence[api.InstanceView], pain
     ledger = status.ledger
     up = seconds(status.now - status.started_at)
     leader = f"leader {ledger.leader}" if ledger.leader else paint("no leader", "bad")
+    if not ledger.majority:
+        leader = (
+            f"{paint('cut off', 'bad')}: no majority is in reach, what is shown is {seconds(ledger.age_s)} old or older"
+        )
     if ledger.silent_s is not None:
         leader = f"{paint('does not answer', 'bad')}; what it last said {seconds(ledger.silent_s)} ago: {leader}"
     lines = [
@@ -74,15 +78,15 @@ def status_lines(status: api.Status, instances: Sequence[api.InstanceView], pain
             "",
             "nothing can be changed until the ledger answers: `slum down` and `slum up` start it again, services go on",
         ]
-    unwell = sorted({v.report.service for v in instances if v.report.phase in UNWELL})
-    if unwell:
-        lines += ["", *(f"{name} is not well: `slum explain {name}`" for name in unwell)]
-    elif status.revision == 0:
     if status.paused:
         lines += [
             "",
             f"{paint('paused', 'warn')}: {clean(status.paused)}; `slum resume` shows what it would do, and goes on",
         ]
+    unwell = sorted({v.report.service for v in instances if v.report.phase in UNWELL})
+    if unwell:
+        lines += ["", *(f"{name} is not well: `slum explain {name}`" for name in unwell)]
+    elif status.revision == 0:
         lines += ["", "nothing is declared yet: `slum init`, then `slum apply`"]
     return lines
 

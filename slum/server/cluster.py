@@ -16,6 +16,7 @@ from slum.errors import ConfigError, Conflict, QuorumLost, SlumError, Unreachabl
 from slum.ledger import changes
 from slum.ledger.client import change_members
 from slum.ledger.commands import Member, Revoke, new_request_id
+from slum.server import trust
 from slum.server.memberwire import Change
 
 if TYPE_CHECKING:
@@ -95,9 +96,15 @@ async def change(control: Control, add: Member | None, remove: str | None, actor
     else:
         changed = (await control.relay.call(leader, Change(add=add, remove=remove), CHANGE_S)).members
     log.get().info("members_changed", added=add.id if add else None, removed=remove, members=[m.id for m in changed])
-    if remove is not None:
-        await _shut_out(control, remove, actor)
+    for row in members:
+        if row.id == remove:
+            await _shut_out(control, row, actor)
     return changed
+
+
+def row_of(offer: api.MemberOffer) -> Member:
+    """Return *offer* as a row of the members list."""
+    return Member(**{name: getattr(offer, name) for name in offer.__struct_fields__})
 
 
 def check_addition(control: Control, row: Member) -> None:
@@ -148,13 +155,19 @@ class Adding:
             self._under_way.discard(row)
 
 
-async def _shut_out(control: Control, member: str, actor: str) -> None:
-    """Revoke the certificates of one that left; what cannot be revoked now is said, and can be by hand."""
-    command = Revoke(subject=f"member/{member}", why="it is no member any more")
+async def _shut_out(control: Control, row: Member, actor: str) -> None:
+    """Revoke the certificates of one that left, and seal the authority's key without it; what fails is said.
+
+    It can be done by hand later: `slum token revoke`. While a member leaves by itself, it is the one that does this.
+    """
+    command = Revoke(subject=f"member/{row.id}", why="it is no member any more")
+    reader = control.view.reader
     try:
-        await control.commit(command, new_request_id(secrets.token_hex(16), control.view.seq()), actor)
+        await control.commit(command, new_request_id(secrets.token_hex(16), reader.seq()), actor)
+        if reader.authority() is not None and row.recipient and row.id != control.me:
+            await trust.seal_to(control.link, reader, control.home, drop=(row.recipient,), actor=actor)
     except SlumError as error:
-        log.get().warning("certificate_not_revoked", member=member, why=error.message)
+        log.get().warning("member_not_shut_out", member=row.id, why=error.message)
 
 
 def checked_removal(control: Control, member: str) -> None:

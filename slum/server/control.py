@@ -36,6 +36,8 @@ from slum.server.view import View, World
 
 PROPOSE_S = 5.0
 RETRY_S = 0.2
+LASTING_S = 2.0
+"""For so long without a majority a member may just have started, or lost its leader."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,20 @@ class Control:
         result = await self.link.propose(proposal, deadline_s=deadline_s)
         self.world()
         return result
+
+    async def require_majority(self) -> None:
+        """Return unless this member has reached no majority for a while: then QuorumLost, at once and not to be repeated."""
+        if len(self.world().cluster.members) < 2:
+            return
+        status = await self.link.status()
+        if status.majority or status.age_s < LASTING_S:
+            return
+        reached = sum(member.role in ("leader", "follower") for member in status.members)
+        raise QuorumLost(
+            f"{self.me} reaches {reached} of {len(self.world().cluster.members)} members: nothing can be changed from here",
+            hint="what runs goes on; `slum status --cluster` shows who is missing, docs/cluster.md what to do",
+            lasting=True,
+        )
 
     async def watch(self) -> None:
         """Notice every move of the ledger's seq, for ever: push to the agents, wake who waits."""

@@ -154,7 +154,7 @@ async def found_authority(home: Home, actor: str) -> str:
                 raise QuorumLost("the ledger did not take up this member's key in time", hint="repeat the command")
             await asyncio.sleep(POLL_S)
         async with connect(home.ledger_socket) as ledger:
-            recovery = await trust.found(ledger, reader, home, recipients=(), actor=actor)
+            recovery = await trust.found(ledger, reader, home, actor=actor)
             await trust.certify(ledger, reader, home, me.id)
     finally:
         reader.close()

@@ -83,9 +83,9 @@ class Link:
         """How long ago the ledger last answered anything."""
         return time.monotonic() - self._heard_at
 
-    async def status(self) -> LedgerStatus:
+    async def status(self, *, deadline_s: float = 2.0) -> LedgerStatus:
         """Return how the ledger stands, as this member sees it."""
-        return await self._call(lambda ledger, left_s: ledger.status(deadline_s=left_s), 2.0)
+        return await self._call(lambda ledger, left_s: ledger.status(deadline_s=left_s), deadline_s)
 
     async def members(self) -> tuple[Member, ...]:
         return await self._call(lambda ledger, _left_s: ledger.members(), 2.0)

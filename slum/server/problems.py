@@ -17,12 +17,13 @@ BUG = api.Problem(
 
 def problem_of(error: SlumError) -> api.Problem:
     details = error.problems if isinstance(error, ConfigError) else error.changes if isinstance(error, Conflict) else ()
-    return api.Problem(code=error.code, message=error.message, hint=error.hint, details=details)
+    lasting = isinstance(error, QuorumLost) and error.lasting
+    return api.Problem(code=error.code, message=error.message, hint=error.hint, details=details, lasting=lasting)
 
 
 def problem_response(error: SlumError, status: int | None = None) -> Response:
     """Return the answer for *error*; *status* overrides the one of its class or code."""
-    headers = {"retry-after": "1"} if isinstance(error, QuorumLost) else {}
+    headers = {"retry-after": "1"} if isinstance(error, QuorumLost) and not error.lasting else {}
     return json_response({"error": problem_of(error)}, status or status_of(error), headers)
 
 

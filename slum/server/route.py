@@ -92,6 +92,10 @@ class Route:
     deadline_s: float | None = DEADLINE_S
 
     @property
+    def changes(self) -> bool:
+        return self.method not in ("GET", "HEAD")
+
+    @property
     def name(self) -> str:
         return str(getattr(self.handler, "__name__", self.path))
 
@@ -118,6 +122,8 @@ def _http(route: Route, control: Control) -> Callable[[Request], Awaitable[Respo
                     query=decode_query(request.query_params, route.query),
                     body=await _body(request, route) if route.request else None,
                 )
+                if route.changes:
+                    await control.require_majority()
                 answer = await route.handler(call)
         except TimeoutError:
             return problem_response(Unreachable(f"{route.method} {route.path} took longer than {route.deadline_s:g} s"))

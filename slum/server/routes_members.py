@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from slum import api
 from slum.errors import ConfigError
-from slum.ledger.commands import Member
 from slum.server import cluster, errands
 from slum.server.route import Call
 
@@ -23,6 +22,6 @@ async def post_members(call: Call) -> api.MembersChanged:
         raise ConfigError("a change adds one member or removes one")
     add = None
     if asked.add is not None:
-        add = Member(**{name: getattr(asked.add, name) for name in asked.add.__struct_fields__})
+        add = cluster.row_of(asked.add)
     members = await cluster.change(call.control, add, asked.remove, call.peer.actor(asked.host))
     return api.MembersChanged(members=tuple(member.id for member in members))

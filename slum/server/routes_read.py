@@ -7,6 +7,7 @@ import time
 from slum import __version__, api
 from slum.errors import QuorumLost
 from slum.frozen import Frozen
+from slum.ledger.status import LedgerStatus
 from slum.server import observed
 from slum.server.control import Control
 from slum.server.explain import explain
@@ -50,6 +51,7 @@ async def get_status(call: Call) -> api.Status:
     except QuorumLost:
         told = None
     cluster, leader = world.cluster, told.member if told else world.cluster.leader or None
+    standing = await _standing(control) if told and len(cluster.members) > 1 else None
     return api.Status(
         version=__version__,
         fleet=world.fleet.name,
@@ -75,14 +77,24 @@ async def get_status(call: Call) -> api.Status:
                 for member in cluster.members
             ),
             silent_s=None if told else round(control.link.silent_s, 3),
+            majority=standing.majority if standing else True,
+            age_s=round(standing.age_s, 3) if standing else 0.0,
         ),
         tenements=control.tenements(),
         counts=observed.counts(control.instances()),
+        paused="" if world.paused is None else world.paused.why,
     )
 
 
+async def _standing(control: Control) -> LedgerStatus | None:
+    """Return how this member's ledger sees the others; None when it does not say in time."""
+    try:
+        return await control.link.status(deadline_s=LEADER_S)
+    except QuorumLost:
+        return None
+
+
 async def get_machines(call: Call) -> tuple[api.MachineView, ...]:
-        paused="" if world.paused is None else world.paused.why,
     control = call.control
     return observed.machines(control.world(), control.sights, control.troubles, time.monotonic())
 
