@@ -432,9 +432,8 @@ class UserView(Frozen):
 
 
 class RevokeRequest(Frozen):
-    """*subject* ("user/ana", "node/workers-1", "member/m2") or *serial*."""
+    """*subject* ("user/ana", "node/workers-1", "member/m2") or *serial*. What is revoked already is 404."""
 
-    request_id: str
     subject: str = ""
     serial: str = ""
     why: str = ""

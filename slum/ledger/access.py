@@ -25,6 +25,8 @@ ROLES = ("admin", "read")
 TOKENS_MAX = 10_000
 WORD_CHARS_MAX = 200
 PEM_CHARS_MAX = 8192
+A_KEY_MAX = 4
+"""Certificates of one key that hold at the same time; a renewal beyond ends the oldest."""
 KEPT_S = 7 * 86_400.0
 """How long a token is kept after it expired, so that its key gets its answer again and `slum token list` can tell."""
 FORGOTTEN_S = 400 * 86_400.0
@@ -42,9 +44,12 @@ def set_authority(turn: Turn, command: SetAuthority) -> Result:
     if not command.box or len(command.box) > PEM_CHARS_MAX * 4 or len(command.certificate) > PEM_CHARS_MAX:
         return turn.rejected("invalid", "this is no authority")
     turn.db.execute(
-        "INSERT OR REPLACE INTO authority VALUES (1, ?, ?, ?)", (command.certificate, command.box, command.recovery)
+        "INSERT OR REPLACE INTO authority VALUES (1, ?, ?, ?, ?)",
+        (command.certificate, command.box, command.recovery, " ".join(sorted(command.recipients))),
     )
-    turn.events.add("authority_made" if row is None else "authority_sealed", "cluster:authority", actor=turn.actor)
+    kind = "authority_made" if row is None else "authority_sealed"
+    after = {"sealed_to": sorted(command.recipients), "recovery": command.recovery}
+    turn.events.add(kind, "cluster:authority", actor=turn.actor, after=after)
     return turn.done()
 
 
@@ -202,6 +207,11 @@ def _note(turn: Turn, command: UseToken | NoteCertificate, role: str) -> Result:
         (turn.at, command.subject, command.key_hash),
     )
     turn.db.execute("DELETE FROM certificates WHERE not_after < ?", (turn.at - FORGOTTEN_S,))
+    turn.db.execute(
+        "DELETE FROM certificates WHERE serial IN (SELECT serial FROM certificates WHERE subject = ? AND key_hash = ?"
+        " AND revoked_at = 0 ORDER BY made_at DESC, serial LIMIT -1 OFFSET ?)",
+        (command.subject, command.key_hash, A_KEY_MAX - 1),
+    )
     turn.db.execute(
         "INSERT INTO certificates VALUES (?, ?, ?, ?, ?, ?, 0)",
         (command.serial, command.subject, role, command.key_hash, float(command.not_after), turn.at),

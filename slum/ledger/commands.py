@@ -113,9 +113,11 @@ class SetAuthority(Command):
     certificate: str
     """PEM, in clear."""
     box: bytes
-    """The private key, age-encrypted to every member's recipient and to *recovery*."""
+    """The private key, age-encrypted to *recipients* and to *recovery*."""
     recovery: str
     """The recipient of the recovery key, which nobody's machine holds."""
+    recipients: tuple[str, ...]
+    """The members', and those of whoever is joining. The box itself does not tell whom it is sealed to."""
     replaces: str = ""
     """sha256 of the box that this one was made from; "" for the first."""
 

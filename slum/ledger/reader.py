@@ -76,6 +76,7 @@ class AuthorityRow(Frozen):
     certificate: str
     box: bytes
     recovery: str
+    recipients: tuple[str, ...]
 
 
 class TokenRow(Frozen):
@@ -265,8 +266,12 @@ class Reader:
         return api.Verified(ok=first_bad is None, events=at.events, seq=at.seq, first_bad=first_bad, why=why)
 
     def authority(self) -> AuthorityRow | None:
-        rows = self._rows("SELECT certificate, box, recovery FROM authority")
-        return next(_structs(AuthorityRow, rows), None)
+        rows = self._rows("SELECT certificate, box, recovery, recipients FROM authority")
+        for certificate, box, recovery, recipients in rows:
+            return AuthorityRow(
+                certificate=certificate, box=box, recovery=recovery, recipients=tuple(recipients.split())
+            )
+        return None
 
     def tokens(self) -> tuple[TokenRow, ...]:
         """Return the kept tokens, oldest first."""

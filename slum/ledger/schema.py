@@ -61,7 +61,8 @@ CREATE INDEX intents_by_machine ON intents (machine) WHERE state IN ('open', 'su
 """
 _ACCESS_TABLES = """
 CREATE TABLE IF NOT EXISTS authority (
-  id INTEGER PRIMARY KEY CHECK (id = 1), certificate TEXT NOT NULL, box BLOB NOT NULL, recovery TEXT NOT NULL
+  id INTEGER PRIMARY KEY CHECK (id = 1), certificate TEXT NOT NULL, box BLOB NOT NULL, recovery TEXT NOT NULL,
+  recipients TEXT NOT NULL
 ) STRICT;
 CREATE TABLE IF NOT EXISTS tokens (
   id TEXT PRIMARY KEY, hash BLOB NOT NULL UNIQUE, kind TEXT NOT NULL, subject TEXT NOT NULL, role TEXT NOT NULL,

@@ -20,6 +20,7 @@ from slum.operators.base import Machine
 from slum.paths import Home
 from slum.server import observed
 from slum.server.agents import Hub
+from slum.server.attempts import Attempts
 from slum.server.blobs import Blobs
 from slum.server.cluster import Adding
 from slum.server.copies import Copies
@@ -73,6 +74,7 @@ class Control:
         self.blobs = Blobs(home.blobs)
         self.copies = Copies(self.blobs, self.relay, view, self.committed)
         self.sessions = Sessions()
+        self.attempts = Attempts()
         self.adding = Adding(self)
         self.troubles: dict[str, str] = {}
         """By machine: why its operator did not do what is wanted."""

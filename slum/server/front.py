@@ -117,7 +117,10 @@ async def keep(control: Control) -> None:
     while True:
         try:
             if read_settings(control.home) is not None:
-                await trust.certify(control.link, control.view.reader, control.home, control.me)
+                reader, actor = control.view.reader, f"slum@{control.me}"
+                await trust.certify(control.link, reader, control.home, control.me)
+                if (await control.link.leader()).is_self:
+                    await trust.seal_to(control.link, reader, control.home, actor=actor)
                 keeper = await KeeperClient.connect(control.home)
                 try:
                     await ensure(keeper, control.home)

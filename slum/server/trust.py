@@ -54,8 +54,8 @@ def own_recipient(home: Home) -> str:
         return recipient
 
 
-async def found(ledger: Proposes, reader: Reader, home: Home, *, recipients: Iterable[str], actor: str) -> str:
-    """Make the fleet's authority, sealed to us, *recipients* and a new recovery key; return that key, said only now.
+async def found(ledger: Proposes, reader: Reader, home: Home, *, actor: str) -> str:
+    """Make the fleet's authority, sealed to us and to a new recovery key; return that key, which is said only now.
 
     Returns "" when there is an authority already. Files: member.age, ca.crt.
     """
@@ -63,8 +63,8 @@ async def found(ledger: Proposes, reader: Reader, home: Home, *, recipients: Ite
     if reader.authority() is None:
         identity, recovery = authority.new_identity()
         made = authority.make(reader.cluster().cluster_id, time.time())
-        box = authority.seal(made.key, {own, recovery, *recipients})
-        command = SetAuthority(certificate=made.certificate, box=box, recovery=recovery)
+        box = authority.seal(made.key, {own, recovery})
+        command = SetAuthority(certificate=made.certificate, box=box, recovery=recovery, recipients=(own,))
         result = await _propose(ledger, reader, command, actor)
         if isinstance(result, Done):
             write(home.authority_certificate, made.certificate.encode())
@@ -76,23 +76,37 @@ async def found(ledger: Proposes, reader: Reader, home: Home, *, recipients: Ite
 
 
 async def seal_to(
-    ledger: Proposes, reader: Reader, home: Home, *, more: Iterable[str] = (), recovery: str = "", actor: str
-) -> None:
-    """Seal the authority's key to the members of now, to *more*, and to the recovery key (*recovery*: another one).
+    ledger: Proposes,
+    reader: Reader,
+    home: Home,
+    *,
+    add: Iterable[str] = (),
+    drop: Iterable[str] = (),
+    recovery: str = "",
+    actor: str,
+) -> bool:
+    """Seal the authority's key to the members of now and to *add*, not to *drop*, and to the recovery key (*recovery*: a new one).
 
-    Nobody else opens the new box; whoever kept an old box and its key still opens that.
+    Returns whether that was anything new. Whoever kept an old box and its key still opens that one.
     """
-    extra = frozenset(more)
+    more, less = frozenset(add), frozenset(drop)
     for _ in range(ATTEMPTS):
         row = standing(reader)
         members = {member.recipient for member in reader.cluster().members if member.recipient}
+        wanted = (members | more | set(row.recipients)) - less
         last = recovery or row.recovery
-        box = authority.reseal(row.box, _identity(home), members | extra | {last, own_recipient(home)})
-        replaces = sha256(row.box).hexdigest()
-        command = SetAuthority(certificate=row.certificate, box=box, recovery=last, replaces=replaces)
+        if (wanted, last) == (set(row.recipients), row.recovery):
+            return False
+        command = SetAuthority(
+            certificate=row.certificate,
+            box=authority.reseal(row.box, _identity(home), wanted | {last}),
+            recovery=last,
+            recipients=tuple(sorted(wanted)),
+            replaces=sha256(row.box).hexdigest(),
+        )
         result = await _propose(ledger, reader, command, actor)
         if isinstance(result, Done):
-            return
+            return True
         if result.code != "conflict":
             raise ConfigError(result.why)
     raise SlumError("the authority's key is being sealed anew all the time", hint="do it again")
