@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 CHANGE_S = 65.0
 """A little more than the ledger's own patience."""
+SHUT_OUT_S = 15.0
 ADD_S = 300.0
 AGAIN_S = 0.5
 
@@ -79,7 +80,7 @@ def _certificate_ends(control: Control) -> dict[str, float]:
     return ends
 
 
-async def change(control: Control, add: Member | None, remove: str | None, actor: str) -> tuple[Member, ...]:
+async def change(control: Control, add: Member | None, remove: str | None) -> tuple[Member, ...]:
     """Add or remove one member, at the leader, and return who votes then. May be repeated: what is so already is success."""
     members = await control.link.members()
     if add is not None and add in members:
@@ -91,15 +92,37 @@ async def change(control: Control, add: Member | None, remove: str | None, actor
         raise QuorumLost(
             "nobody leads: the members cannot be changed", hint="`slum status --cluster` shows who is there"
         )
-    if leader == control.me:
-        changed = await change_members(control.home.ledger_socket, add=add, remove=remove, deadline_s=CHANGE_S)
-    else:
-        changed = (await control.relay.call(leader, Change(add=add, remove=remove), CHANGE_S)).members
-    log.get().info("members_changed", added=add.id if add else None, removed=remove, members=[m.id for m in changed])
+    if leader != control.me:
+        return (await control.relay.call(leader, Change(add=add, remove=remove), CHANGE_S + 5.0)).members
+    return await change_here(control, Change(add=add, remove=remove))
+
+
+async def change_here(control: Control, asked: Change) -> tuple[Member, ...]:
+    """Make a change of the members at this member, which leads; QuorumLost, naming the leader, when it does not."""
+    members = await control.link.members()
+    if asked.left is not None:
+        await _shut_out(control, asked.left)
+        return members
+    changed = await change_members(control.home.ledger_socket, add=asked.add, remove=asked.remove, deadline_s=CHANGE_S)
+    names = [row.id for row in changed]
+    log.get().info("members_changed", added=asked.add.id if asked.add else None, removed=asked.remove, members=names)
     for row in members:
-        if row.id == remove:
-            await _shut_out(control, row, actor)
+        if row.id == asked.remove and row.id != control.me:
+            await _shut_out(control, row)
+        elif row.id == asked.remove:
+            await _be_shut_out(control, row, names)
     return changed
+
+
+async def _be_shut_out(control: Control, row: Member, others: list[str]) -> None:
+    """Let one of those that stay do it, for we are no member any more."""
+    for name in others:
+        try:
+            await control.relay.call(name, Change(left=row), SHUT_OUT_S)
+        except SlumError as error:
+            log.get().info("not_shut_out_yet", by=name, why=error.message)
+        else:
+            return
 
 
 def row_of(offer: api.MemberOffer) -> Member:
@@ -144,7 +167,7 @@ class Adding:
         try:
             while time.monotonic() < end:
                 try:
-                    await change(self._control, row, None, f"slum@{row.id}")
+                    await change(self._control, row, None)
                     return
                 except (QuorumLost, Unreachable, Conflict) as error:
                     log.get().info("member_not_added_yet", member=row.id, why=error.message)
@@ -155,23 +178,29 @@ class Adding:
             self._under_way.discard(row)
 
 
-async def _shut_out(control: Control, row: Member, actor: str) -> None:
+async def _shut_out(control: Control, row: Member) -> None:
     """Revoke the certificates of one that left, and seal the authority's key without it; what fails is said.
 
-    It can be done by hand later: `slum token revoke`. While a member leaves by itself, it is the one that does this.
+    Its certificate opens nothing any more in any case: the guard knows who the members are.
     """
+    actor = f"slum@{control.me}"
     command = Revoke(subject=f"member/{row.id}", why="it is no member any more")
     reader = control.view.reader
     try:
         await control.commit(command, new_request_id(secrets.token_hex(16), reader.seq()), actor)
-        if reader.authority() is not None and row.recipient and row.id != control.me:
+        if reader.authority() is not None and row.recipient:
             await trust.seal_to(control.link, reader, control.home, drop=(row.recipient,), actor=actor)
     except SlumError as error:
         log.get().warning("member_not_shut_out", member=row.id, why=error.message)
 
 
-def checked_removal(control: Control, member: str) -> None:
-    """Raise Conflict while a machine of the fleet is that member's own."""
+def checked_removal(control: Control, member: str, *, by_itself: bool) -> None:
+    """Raise Conflict when *member* would leave *by_itself* while a machine of the fleet is its own.
+
+    One that is gone may be removed all the same; its machine goes with it.
+    """
+    if not by_itself:
+        return
     local = f"local:{member}"
     held = [row.machine for row in control.world().machines.values() if row.machine_id == local]
     if held:

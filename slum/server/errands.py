@@ -15,11 +15,11 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from slum import log
 from slum.errors import ConfigError, QuorumLost, SlumError
-from slum.ledger.client import change_members
 from slum.operators.base import Machine
 from slum.operators.local import Local
 from slum.server import memberwire
 from slum.server.boot import operator_site
+from slum.server.cluster import change_here
 from slum.server.feed import Feeder
 from slum.server.problems import BUG, Missing, problem_of
 from slum.server.streams import close, pipe
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from slum.server.control import Control
 
 ASK_S = 10.0
-CHANGE_S = 65.0
-"""A little more than the ledger's own patience."""
 CHUNK_S = 60.0
 
 
@@ -75,9 +73,8 @@ async def _answer(control: Control, websocket: WebSocket, asked: memberwire.AnyA
                 return memberwire.Answer(machines=(machine,))
             case memberwire.Destroy(machine_id=machine_id, fence=fence):
                 await _local(control, fence).destroy(machine_id)
-            case memberwire.Change(add=add, remove=remove):
-                members = await change_members(control.home.ledger_socket, add=add, remove=remove, deadline_s=CHANGE_S)
-                return memberwire.Answer(members=members)
+            case memberwire.Change():
+                return memberwire.Answer(members=await change_here(control, asked))
             case memberwire.Store(digest=digest):
                 await control.blobs.put(digest, _chunks(websocket))
     except SlumError as error:

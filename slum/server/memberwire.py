@@ -56,10 +56,11 @@ class Destroy(Ask):
 
 
 class Change(Ask):
-    """Change the members; only the leader can."""
+    """Change the members; only the leader can. *left*: one that led and has left shall be shut out."""
 
     add: Member | None = None
     remove: str | None = None
+    left: Member | None = None
 
 
 class Fetch(Ask):

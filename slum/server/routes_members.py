@@ -23,5 +23,7 @@ async def post_members(call: Call) -> api.MembersChanged:
     add = None
     if asked.add is not None:
         add = cluster.row_of(asked.add)
-    members = await cluster.change(call.control, add, asked.remove, call.peer.actor(asked.host))
+    if asked.remove is not None:
+        cluster.checked_removal(call.control, asked.remove, by_itself=asked.remove == call.control.me)
+    members = await cluster.change(call.control, add, asked.remove)
     return api.MembersChanged(members=tuple(member.id for member in members))
