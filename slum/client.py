@@ -261,6 +261,8 @@ class Client:
         try:
             return self._call(method, path, answer, body=body)
         except QuorumLost as error:
+            if error.lasting:
+                raise
             hint = f"{error.hint}. It may be committed all the same: look at `slum status` before you do it again"
             raise QuorumLost(error.message, hint=hint.removeprefix(". ")) from error
 
