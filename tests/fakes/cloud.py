@@ -96,6 +96,8 @@ class Call:
     query: Mapping[str, str]
     body: Any
     headers: Mapping[str, str]
+    life: int = 0
+    """Which of the caller's processes it comes from: a dead one's requests may still arrive."""
 
 
 class Refused(Exception):
@@ -168,6 +170,9 @@ class Cloud:
         self.scheme = "Bearer "
         self.planned: list[Answer | None] = []
         """Answered instead of doing the next calls, first one first; None lets one pass."""
+        self.on_boot: Callable[[str, Any], None] = lambda name, given: None
+        """Called with the name of a machine that was made and what it was given to start with."""
+        self.on_end: Callable[[str], None] = lambda name: None
         self._counts: Counter[str] = Counter()
         self._away_until = 0.0
         self._sent_away_at = -1.0
@@ -176,7 +181,9 @@ class Cloud:
         self._storm_until = 0.0
         self._late: list[tuple[float, Call]] = []
         self._lock = threading.Lock()
+        self._life = 0
         self.url = ""
+        """Where the caller's process of now finds it."""
 
     def at(self) -> float:
         """Return the time without burning a caller's fuse."""
@@ -197,8 +204,11 @@ class Cloud:
         return sum(method != "GET" for method, _, _ in self.calls)
 
     def forget_caller(self) -> None:
-        """The caller's process ended: the next one cannot know what it was asked for."""
-        self._away_until, self._sent_away_at = 0.0, -1.0
+        """The caller's process ended: the next one, which finds us at the new *url*, cannot know what it was asked for."""
+        with self._lock:
+            self._away_until, self._sent_away_at = 0.0, -1.0
+            self._life += 1
+            self.url = f"{self.url.partition('/life/')[0]}/life/{self._life}"
 
     def settle(self) -> None:
         """Do whatever is still on its way."""
@@ -239,6 +249,8 @@ class Cloud:
             body=json.loads(raw) if raw else None,
             headers={name.decode().lower(): value.decode() for name, value in scope["headers"]},
         )
+        if lived := re.fullmatch(r"/life/(\d+)(/.*)", call.path):
+            call.life, call.path = int(lived[1]), lived[2]
         transport = send.__self__.transport
         with self._lock:
             answer, how = self._answer(call)
@@ -269,7 +281,7 @@ class Cloud:
                 self._late.remove((due, waiting))
                 self._do(waiting)
         self._crowd = self._crowd + 1 if at == self._sent_away_at else 0
-        if at < self._away_until and (self._crowd == 0 or self._crowd >= AT_A_TIME):
+        if call.life == self._life and at < self._away_until and (self._crowd == 0 or self._crowd >= AT_A_TIME):
             self.impatient += 1
         about = f"{call.method} {call.path}"
         self._counts[about] += 1
@@ -299,22 +311,24 @@ class Cloud:
         if call.headers.get("authorization") != self.scheme + self.token:
             return self.error(401, "unauthorized", "unable to authenticate")
         if self.planned and (planned := self.planned.pop(0)) is not None:
-            return self._sent_away(planned, at) if planned.status == 429 else planned
+            return self._sent_away(planned, at, call) if planned.status == 429 else planned
         try:
             limits = self.limits(at)
         except Refused as refused:
-            return self._sent_away(refused.answer, at)
+            return self._sent_away(refused.answer, at, call)
         if at >= self._storm_until and self.liar.says(self.liar.storm, "storm", about):
             self._storm_until = at + self.liar.random("long", about).uniform(5, 60)
         if at < self._storm_until:
             answer = self.error(429, "rate_limit_exceeded", "limit reached")
             answer.headers |= {**limits, "Retry-After": str(int(self._storm_until - at) + 1)}
-            return self._sent_away(answer, at)
+            return self._sent_away(answer, at, call)
         if self.liar.says(self.liar.refuse, "refuse", about):
             return self.error(503, "unavailable", "try again later")
         return None
 
-    def _sent_away(self, answer: Answer, at: float) -> Answer:
+    def _sent_away(self, answer: Answer, at: float, call: Call) -> Answer:
+        if call.life != self._life:
+            return answer  # nobody hears it
         self._sent_away_at, self._crowd = at, 0
         self._away_until = max(self._away_until, at + float(answer.headers.get("Retry-After", 1)))
         return answer
