@@ -17,7 +17,7 @@ PACKAGES = ("bubblewrap", "ca-certificates", "nftables", "python3", "python3-ven
 _JOIN = (
     'home=/opt/slum/$1; python3 -m venv "$home"; '
     '"$home/bin/pip" install --quiet --disable-pip-version-check --retries 10 "slum==$1"; '
-    f'exec "$home/bin/slum" join "$2" --tenement "$3" --token-file {TOKEN_FILE}'
+    f'exec "$home/bin/slum" join $2 --tenement "$3" --token-file {TOKEN_FILE} --wait 3600'
 )
 
 _TEMPLATE = """\
@@ -38,7 +38,7 @@ runcmd:
 def cloud_init(*, server: str, machine: str, token: str, version: str) -> str:
     """Return user data for *machine* (its name in the fleet); all four are YAML scalars, as quoted() gives them.
 
-    *server* is the control plane's URL, *version* that of slum, *token* a join token for this machine.
+    *server* is the control plane's URL (or several, a blank between two), *version* that of slum, *token* a join token for this machine.
     """
     return _TEMPLATE.format(
         packages=", ".join(PACKAGES),

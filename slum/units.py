@@ -56,10 +56,10 @@ _SCRIPT = """\
 ### END INIT INFO
 # Stopping leaves the services running; when the machine goes down, its init ends them.
 case "${{1:-}}" in
-  start) exec env {environment} {start} --detach ;;
-  stop) exec {stop} ;;
+  start) exec {slum} up ;;
+  stop) exec {slum} down ;;
   restart | force-reload) "$0" stop && exec "$0" start ;;
-  status) exec {status} ;;
+  status) exec {slum} status ;;
   *) echo "usage: $0 start|stop|restart|status" >&2; exit 2 ;;
 esac
 """
@@ -80,15 +80,9 @@ def keeper_unit(home: Home, *, keeper: Sequence[str], env: dict[str, str], slum:
     )
 
 
-def init_script(home: Home, *, keeper: Sequence[str], env: dict[str, str], slum: Sequence[str]) -> str:
+def init_script(home: Home, *, slum: Sequence[str]) -> str:
     """Return a script in the form of /etc/init.d (LSB) that does the same."""
-    return _SCRIPT.format(
-        name=_name(home),
-        environment=shlex.join(f"{name}={value}" for name, value in sorted(env.items())),
-        start=shlex.join(keeper),
-        stop=shlex.join([*slum, *_folders(home), "down"]),
-        status=shlex.join([*slum, *_folders(home), "status"]),
-    )
+    return _SCRIPT.format(name=_name(home), slum=shlex.join([*slum, *_folders(home)]))
 
 
 def _name(home: Home) -> str:

@@ -13,10 +13,12 @@ from pathlib import Path
 from agent_support import SETTINGS, end, free_port, remove_cgroups
 from fakes.front import CLUSTER, FakeFleet, FakeFront
 
+from slum.errors import Unreachable
 from slum.model import Service, Stamp
 from slum.node import boot
 from slum.node.home import read_line
 from slum.node.join import join
+from slum.node.keeperclient import call
 from slum.paths import Home
 from slum.wire import Desired, Phase
 
@@ -36,7 +38,13 @@ class Node:
         await asyncio.to_thread(boot.start, self.home, (boot.agent_program(self.home),))
 
     def agent_pid(self) -> int:
-        return next((child.pid for child in boot.children(self.home) or () if child.name == "agent"), 0)
+        return next((c.pid for c in boot.children(self.home) or () if c.name == "agent" and c.running), 0)
+
+    def keeper_pid(self) -> int:
+        try:
+            return int(call(self.home, "hello")["pid"])
+        except Unreachable:
+            return 0
 
     def services(self) -> dict[str, int]:
         """Pids of the living generations by name."""

@@ -96,7 +96,7 @@ def join(
         from slum.node.container import become
 
         become(asked.home)
-    unit = "" if no_start else _start(asked, new=new)
+    unit = _only_write(asked.home) if no_start else _start(asked, new=new)
     view = view_of(asked.home)
     if asked.json:
         asked.emit(view)
@@ -190,6 +190,14 @@ def node_lines(asked: Invocation, view: NodeView, now: float) -> list[str]:
         f"certificate  {certificate}",
         f"data         {view.data_dir}",
     ]
+
+
+def _only_write(home: Home) -> str:
+    """Have on disk what a keeper starts here; no unit keeps it."""
+    from slum.node import boot
+
+    boot.write_boot(home, (boot.agent_program(home),))
+    return ""
 
 
 def start_node(home: Home, *, installing: bool) -> tuple[tuple[str, ...], str]:
