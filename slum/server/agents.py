@@ -36,6 +36,8 @@ SILENCE_S = 30.0
 """A session that says nothing for so long is closed; heartbeats come every 5 s."""
 UNKNOWN_S = 15.0
 OPENS_MAX = 64
+ELSEWHERE = "node:"
+"""How the id of a machine begins whose agent dials over TLS."""
 
 
 NONE = Stamp()
@@ -101,6 +103,7 @@ class Hub:
         self._notes = notes
         self._world: World | None = None
         self._moved = Pulse()
+        self._servers: tuple[str, ...] = ()
 
     def take(self, world: World) -> None:
         """Accept a newer reading of the ledger: push what changed, let waiting agents in. Cheap when nothing changed."""
@@ -126,6 +129,7 @@ class Hub:
             if seen.session is not None:
                 seen.session.end("the machine is not part of the fleet any more")
         self._moved.beat()
+        self._tell_servers(world)
         for ear in self.ears:
             ear.moved()
 
@@ -216,6 +220,8 @@ class Hub:
         seen = self.adopt(Seen(hello=hello, session=session, contact=time.monotonic()), machine)
         if machine in self.desired:
             session.offer(self._encode(machine))
+        if self._servers and hello.machine.startswith(ELSEWHERE):
+            session.tell(wire.Servers(servers=self._servers))
         for ear in self.ears:
             ear.joined(machine, wire.encoder.encode(hello))
         self.changed.beat()
@@ -229,6 +235,16 @@ class Hub:
             seen.stamp_at, seen.restarted = before.stamp_at, before.restarted
         self.seen[machine] = seen
         return seen
+
+    def _tell_servers(self, world: World) -> None:
+        """Tell the agents of machines elsewhere where members answer, when that has changed."""
+        servers = tuple(f"https://{member.api}" for member in world.cluster.members if member.api)
+        if servers == self._servers:
+            return
+        self._servers = servers
+        for seen in self.seen.values():
+            if isinstance(seen.session, Session) and seen.hello.machine.startswith(ELSEWHERE):
+                seen.session.tell(wire.Servers(servers=servers))
 
     def _encode(self, machine: str) -> bytes:
         data = self._encoded.get(machine)
@@ -290,7 +306,7 @@ class Session:
         self.machine = machine
         self.is_open = True
         self._desired: bytes | None = None
-        self._opens: deque[wire.OpenStream] = deque()
+        self._opens: deque[wire.OpenStream | wire.Servers] = deque()
         self._wake = asyncio.Event()
         self._why = ""
 
@@ -304,6 +320,12 @@ class Session:
             raise Unreachable(f"the agent of {self.machine} does not take requests now", hint="try again")
         self._opens.append(request)
         self._wake.set()
+
+    def tell(self, servers: wire.Servers) -> None:
+        """Say where members answer; what it was not told it learns when it connects again."""
+        if len(self._opens) < OPENS_MAX:
+            self._opens.append(servers)
+            self._wake.set()
 
     def end(self, why: str) -> None:
         self.is_open = False
