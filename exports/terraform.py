@@ -28,6 +28,7 @@ from slum.model import (
     Tenement,
     operator_type,
 )
+from slum.nodeimage import node_image
 
 MODULE_FILES = ("main.tf", "variables.tf", "outputs.tf", "versions.tf")
 PROVIDERS: Mapping[str, tuple[str, str, str]] = {
@@ -56,6 +57,7 @@ def export_terraform(fleet: Fleet, site: Site) -> Rendered:
         *_file("imports.tf", _imports(used, by_operator, site)),
         *_file("outputs.tf", _outputs(used)),
         *(file for kind in kinds for file in module_files(kind)),
+        *([File(path="node-image/Dockerfile", text=node_image(site.version))] if "fly" in kinds else []),
     ]
     _losses(fleet, losses)
     out.append(File(path="README.md", text=terraform_readme(fleet, _asked(used, aliased), losses.all())))
@@ -371,9 +373,11 @@ def _asked(used: Sequence[Operator], aliased: set[str]) -> list[tuple[str, str]]
             found[_token_variable(operator, aliased)] = f"the API token of {operator.name}"
     if found:
         found["slum_server"] = "the URL of the control plane"
-        found["join_tokens"] = 'a token for each machine, `{ "workers-1" = "..." }`; `slum token` makes them'
+        found["join_tokens"] = (
+            'a token for each machine, `{ "workers-1" = "..." }`; `slum token new node NAME` makes them'
+        )
     if any(isinstance(o, FlyOperator) and o.image is None for o in used):
-        found["fly_image"] = "an image with slum inside"
+        found["fly_image"] = "an image with slum inside, built from node-image/Dockerfile and pushed"
     return list(found.items())
 
 

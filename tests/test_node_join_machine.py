@@ -16,10 +16,14 @@ import pytest
 from agent_support import until, worker
 from node_support import Node, fleet, node
 
-from slum import units
+from slum import __version__, units
 from slum.cloudinit import cloud_init, quoted
+from slum.exports.base import Site
+from slum.exports.terraform import export_terraform
+from slum.model import Fleet, FlyOperator, Tenement
 from slum.node import boot, service
 from slum.node.keeperclient import call, keeper_command
+from slum.nodeimage import node_image
 from slum.paths import Home
 
 ROOT_HOME = Home(data=Path("/var/lib/slum"), run=Path("/run/slum"))
@@ -299,3 +303,15 @@ async def test_the_init_script_starts_and_stops_and_leaves_services_alone(tmp_pa
 def test_cloud_init_waits_for_its_control_plane() -> None:
     text = cloud_init(server=quoted("https://cp"), machine=quoted("w-1"), token=quoted("t"), version=quoted("0.1.0"))
     assert "--wait 3600" in text
+
+
+def test_the_example_s_image_is_the_one_that_exports_emit() -> None:
+    text = (Path(__file__).parents[1] / "examples" / "node-image" / "Dockerfile").read_text()
+    assert text == node_image(__version__)
+    assert 'ENTRYPOINT ["/opt/slum/bin/python", "-P", "-m", "slum.node.container"]' in text
+    site = Site(version=__version__)
+    fly = FlyOperator(name="fly", org="o", region="iad", image=None)
+    fleet = Fleet(name="f", domain="localhost", operators=(fly,), tenements=(Tenement(name="w", operator="fly"),))
+    files = {file.path: file.text for file in export_terraform(fleet, site).files}
+    assert files["node-image/Dockerfile"] == text
+    assert "node-image/Dockerfile" in files["README.md"]

@@ -77,21 +77,30 @@ def join(
 
     Several URLs are several members of it. The token is read from a file, from standard input or from SLUM_JOIN_TOKEN, never
     from an argument; SLUM_SERVER and SLUM_MACHINE stand for URL and --tenement. May be repeated: a token that was used here
-    is used up for others, not for this machine.
+    is used up for others, not for this machine, and a machine that has joined needs none.
     """
+    from slum.node.home import has_joined
     from slum.node.join import join as join_fleet
 
-    urls = tuple(one for given in url or (os.environ.get(ENV_SERVER, ""),) for one in given.replace(",", " ").split())
-    if not urls:
-        raise ConfigError("where is the control plane?", hint="slum join https://HOST --token-file FILE")
-    new = join_fleet(
-        asked.home,
-        urls=urls,
-        machine=machine or os.environ.get(ENV_MACHINE, ""),
-        token=token_from(token_file, os.environ),
-        wait_s=wait_s,
-        say=asked.note,
-    )
+    urls = url or tuple(os.environ.get(ENV_SERVER, "").replace(",", " ").split())
+    token = token_from(token_file, os.environ)
+    new = False
+    if token is not None or not has_joined(asked.home):
+        if not urls:
+            raise ConfigError("where is the control plane?", hint="slum join https://HOST --token-file FILE")
+        if token is None:
+            raise ConfigError(
+                "no join token was given",
+                hint=f"--token-file FILE (- is standard input), or {ENV_TOKEN_FILE}; `slum token new node NAME` makes one",
+            )
+        new = join_fleet(
+            asked.home,
+            urls=urls,
+            machine=machine or os.environ.get(ENV_MACHINE, ""),
+            token=token,
+            wait_s=wait_s,
+            say=asked.note,
+        )
     if foreground:
         from slum.node.container import become
 
@@ -107,16 +116,11 @@ def join(
     return None if no_start or view.connected else Unhealthy.exit_code
 
 
-def token_from(file: str | None, env: Mapping[str, str]) -> str:
-    """Return the token from *file* (- is standard input), else from what *env* names; ConfigError without one."""
+def token_from(file: str | None, env: Mapping[str, str]) -> str | None:
+    """Return the token from *file* (- is standard input), else from what *env* names; None where nothing does."""
     name = file or env.get(ENV_TOKEN_FILE)
-    if name is None and env.get(ENV_TOKEN):
-        return env[ENV_TOKEN]
-    if name is None:
-        raise ConfigError(
-            "no join token was given",
-            hint=f"--token-file FILE (- is standard input), or {ENV_TOKEN_FILE}; `slum token new node NAME` makes one",
-        )
+    if not name:
+        return env.get(ENV_TOKEN) or None
     try:
         if name == "-":
             return sys.stdin.read(TOKEN_BYTES_MAX)
