@@ -17,7 +17,7 @@ PACKAGES = ("bubblewrap", "ca-certificates", "nftables", "python3", "python3-ven
 _JOIN = (
     'home=/opt/slum/$1; python3 -m venv "$home"; '
     '"$home/bin/pip" install --quiet --disable-pip-version-check --retries 10 "slum==$1"; '
-    f'exec "$home/bin/slum" join $2 --tenement "$3" --token-file {TOKEN_FILE} --wait 3600'
+    f'exec "$home/bin/slum" join "$2" --tenement "$3" --token-file {TOKEN_FILE} --wait 3600'
 )
 
 _TEMPLATE = """\

@@ -205,7 +205,7 @@ def test_the_join_script_does_what_it_says(tmp_path: Path) -> None:
     run("sh", "-euc", script, *command[3:], env={"PATH": f"{bin_}:/usr/bin:/bin"})
     lines = log.read_text().splitlines()
     assert "slum==9.9" in lines
-    assert lines[-5:] == ["https://s", "--tenement", hostile, "--token-file", "/etc/slum/join-token"]
+    assert lines[-7:] == ["https://s", "--tenement", hostile, "--token-file", "/etc/slum/join-token", "--wait", "3600"]
 
 
 def test_every_text_survives_terraform_unchanged(terraform: Terraform, tmp_path: Path) -> None:  # noqa: F811

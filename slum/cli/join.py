@@ -53,7 +53,7 @@ class NodeView(Frozen):
     "join",
     examples="""
     slum join https://cp.example.com --tenement workers-1 --token-file token
-    slum token new node workers-1 | ssh box slum join https://cp.example.com --token-file -
+    slum join https://cp.example.com --token-file - < token
     slum join https://m1.example.com https://m2.example.com --tenement workers-1 --token-file token
     """,
 )
@@ -82,7 +82,7 @@ def join(
     from slum.node.home import has_joined
     from slum.node.join import join as join_fleet
 
-    urls = url or tuple(os.environ.get(ENV_SERVER, "").replace(",", " ").split())
+    urls = tuple((" ".join(url) or os.environ.get(ENV_SERVER, "")).replace(",", " ").split())
     token = token_from(token_file, os.environ)
     new = False
     if token is not None or not has_joined(asked.home):
