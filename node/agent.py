@@ -31,6 +31,7 @@ def run(arguments: list[str]) -> int:
     import asyncio
 
     from slum import log
+    from slum.alive import Alive
     from slum.node.machine import live
     from slum.paths import checked_home
 
@@ -40,6 +41,7 @@ def run(arguments: list[str]) -> int:
     with asyncio.Runner() as runner:
         loop = runner.get_loop()
         task = loop.create_task(live(home), name="agent")
+        _alive = loop.create_task(Alive().keep_telling(), name="alive")
         loop.add_signal_handler(signal.SIGTERM, task.cancel)
         try:
             loop.run_until_complete(task)

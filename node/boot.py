@@ -17,13 +17,14 @@ from pathlib import Path
 
 import msgspec
 
+from slum.alive import ASKED, SILENT_MS, SILENT_MS_LEDGER, silent_ms
 from slum.errors import ConfigError, SlumError, Unreachable
 from slum.node.keeperclient import Child, Hello, KeeperError, call, start_detached
 from slum.node.types import Log, Respawn, Spawn
 from slum.paths import Home
 
 AGENT = "agent"
-INHERITED = ("LANG", "LC_ALL", "TZ", "HOME", "VIRTUAL_ENV")
+INHERITED = ("LANG", "LC_ALL", "TZ", "HOME", "VIRTUAL_ENV", ASKED)
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 NOT_OURS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST})
 GRACE_S = 10.0
@@ -44,7 +45,7 @@ def program(
         # Mounts, cgroups and other uids are the agent's work, and what it starts inherits this flag from it.
         no_new_privs=name != AGENT,
         log=Log(path=str(home.own_log(name)), keep=2),
-        respawn=Respawn(),
+        respawn=Respawn(silent_ms_max=silent_ms(SILENT_MS_LEDGER if name == "ledger" else SILENT_MS, given)),
     )
 
 

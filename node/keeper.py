@@ -57,6 +57,7 @@ class Keeper:
             self.loop,
             self._table,
             places.fifos,
+            places.alive,
             boot_id=self.boot_id,
             heritage=self._heritage,
             sockets=self._sockets,

@@ -61,7 +61,7 @@ _LOG = {
     "rate_bytes_s": (int, 4 << 20),
     "burst_bytes": (int, 16 << 20),
 }
-_RESPAWN = {"delay_ms_min": (int, 100), "delay_ms_max": (int, 5_000)}
+_RESPAWN = {"delay_ms_min": (int, 100), "delay_ms_max": (int, 5_000), "silent_ms_max": (int, 0)}
 _SIGNALLING: dict[str, tuple[Any, Any]] = {
     "term_depth": (int, 0),
     "kill_depth": (int, 0),
@@ -98,7 +98,11 @@ def check_spawn(raw: object) -> dict[str, Any]:
         _require(spawn["log"]["keep"] <= 100, "log.keep is over 100")
     if spawn["respawn"] is not None:
         spawn["respawn"] = _shaped(spawn["respawn"], _RESPAWN, "respawn")
-        _require(min(spawn["respawn"].values()) >= 1, "respawn: a delay under 1 ms")
+        _require(
+            min(spawn["respawn"][delay] for delay in ("delay_ms_min", "delay_ms_max")) >= 1,
+            "respawn: a delay under 1 ms",
+        )
+        _require(spawn["respawn"]["silent_ms_max"] >= 0, "respawn.silent_ms_max is negative")
     spawn["signalling"] = _shaped(spawn["signalling"], _SIGNALLING, "signalling")
     _require(len(json.dumps(spawn["meta"])) <= META_BYTES_MAX, f"meta is over {META_BYTES_MAX} bytes of JSON")
     return spawn

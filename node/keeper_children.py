@@ -20,6 +20,7 @@ from slum.node.keeper_kill import Killer
 from slum.node.keeper_log import Output, unlink_if_there
 from slum.node.keeper_loop import Loop
 from slum.node.keeper_table import CHILD, Child, Table, file_name, kept
+from slum.node.keeper_watch import Watchdog, limit_ms
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Children:
         loop: Loop,
         table: Table,
         fifos: str,
+        alive: str,
         *,
         boot_id: str,
         heritage: Heritage,
@@ -59,6 +61,7 @@ class Children:
         self._tell = tell
         self._say = say
         self._killer = Killer(loop, self.by_name.values)
+        self._watchdog = Watchdog(loop, alive, self._kill_hung)
 
     def view(self, child: Child) -> dict[str, Any]:
         return {"name": child.name, "boot_id": self._boot_id, **child.facts(), "meta": child.spawn["meta"]}
@@ -146,6 +149,7 @@ class Children:
             if alive:
                 self._open_output(child, child.spawn, fresh=False)
                 self._open_log(child)
+                self._watchdog.watch(child)
             elif child.running:
                 self._exited(child, None)
             elif child.spawn["respawn"]:
@@ -172,7 +176,7 @@ class Children:
         if opened:
             self._open_output(child, spawn, fresh=True)
         child.pid, control = launch(
-            spawn,
+            {**spawn, "env": {**spawn["env"], **self._watchdog.environment(child)}},
             listeners=listeners,
             stdio=stdio,
             fifo=child.output.fifo if child.output else None,
@@ -191,6 +195,7 @@ class Children:
         child.control = control
         self._by_pid[child.pid] = child
         _tell_go(control)
+        self._watchdog.watch(child)
         if opened:
             self._open_log(child)  # a folder and a file on disk, which the program need not wait for
         self._loop.watch(control.fileno(), lambda _mask: self._started(child))
@@ -231,6 +236,13 @@ class Children:
             done(child, Refused("os", f"{child.name} did not execute in time", errno.ETIMEDOUT))
         self._killer.kill(child)
 
+    def _kill_hung(self, child: Child) -> None:
+        why = f"killed, for it hung: it has not told that it lives for {limit_ms(child) / 1000:g} s"
+        self._say(f"{child.name}: {why}")
+        if child.output is not None:
+            child.output.note(why)
+        self._killer.kill(child)
+
     def _close_control(self, child: Child) -> Callable[[Child, Refused | None], None] | None:
         done, child.done = child.done, None
         if child.control is not None:
@@ -244,6 +256,7 @@ class Children:
 
     def _exited(self, child: Child, status: int | None) -> None:
         self._close_control(child)
+        self._watchdog.forget(child)
         child.state, child.status, child.exited_at = "exited", status, time.time()
         if child.pidfd >= 0:
             self._loop.unwatch(child.pidfd)
@@ -322,6 +335,7 @@ class Children:
             child.output = None
 
     def _let_go(self, child: Child) -> None:
+        self._watchdog.forget(child)
         self._close_control(child)
         self._close_output(child)
 

@@ -27,7 +27,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class Stat:
     """The few fields of /proc/PID/stat that matter here."""
 
-    __slots__ = ("group", "parent", "session", "start_time", "state")
+    __slots__ = ("cpu_ticks", "group", "parent", "session", "start_time", "state")
 
     def __init__(self, text: bytes) -> None:
         fields = text[text.rindex(b")") + 2 :].split()
@@ -35,6 +35,7 @@ class Stat:
         self.parent = int(fields[1])
         self.group = int(fields[2])
         self.session = int(fields[3])
+        self.cpu_ticks = int(fields[11]) + int(fields[12])
         self.start_time = int(fields[19])
 
 
@@ -96,6 +97,14 @@ def children(pid: int) -> list[int]:
     except ProcessLookupError:
         return found
     return found
+
+
+def thread_states(pid: int) -> list[str]:
+    """Return the state of each thread of *pid* (see proc_pid_stat(5)); empty when it is gone."""
+    try:
+        return [Stat(read_bytes(f"/proc/{pid}/task/{thread}/stat")).state for thread in os.listdir(f"/proc/{pid}/task")]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
 
 
 def tree(pid: int) -> list[int]:

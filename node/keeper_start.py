@@ -53,7 +53,7 @@ class Options:
 class Places:
     """Where the keeper's things lie in a data and a run folder."""
 
-    __slots__ = ("boot", "data", "fifos", "lock", "log", "private", "run", "socket", "table")
+    __slots__ = ("alive", "boot", "data", "fifos", "lock", "log", "private", "run", "socket", "table")
 
     def __init__(self, data: str, run: str) -> None:
         self.data = data
@@ -63,6 +63,7 @@ class Places:
         self.lock = f"{run}/p/keeper.lock"
         self.table = f"{run}/p/k"
         self.fifos = f"{run}/p/f"
+        self.alive = f"{run}/p/w"
         self.boot = f"{data}/boot.json"
         self.log = f"{data}/logs/_slum/keeper/current"
 
@@ -77,6 +78,7 @@ def prepare(places: Places) -> None:
         (places.private, 0o700),
         (places.table, 0o700),
         (places.fifos, 0o700),
+        (places.alive, 0o700),
     ):
         os.makedirs(os.path.dirname(path), exist_ok=True)
         try:

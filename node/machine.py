@@ -113,6 +113,7 @@ class Agent:
             (self._watch.run(), "probes"),
             (self._watch.run_drains(), "drains"),
             (self._routing.run(), "router"),
+            (self._routing.watch(), "router watch"),
             (self._link.run(), "link"),
             (self._keep_house(), "housekeeping"),
         ):

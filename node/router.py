@@ -217,19 +217,24 @@ async def _listen(keeper: KeeperClient, home: Home, listen: Sequence[str]) -> tu
 async def _answering(home: Home) -> None:
     """Return once Caddy answers a request (it waits in the socket's queue until then); SlumError after START_S."""
     try:
-        async with asyncio.timeout(START_S):
-            reader, writer = await asyncio.open_unix_connection(str(ports_socket(home)))
-            try:
-                writer.write(b"GET / HTTP/1.1\r\nHost: slum\r\nConnection: close\r\n\r\n")
-                if not (await reader.readline()).startswith(b"HTTP/1.1 404"):
-                    raise ConnectionError("it answers something else")
-            finally:
-                writer.close()
+        await answer(home, START_S)
     except (TimeoutError, OSError) as error:
         raise SlumError(
             f"the router does not start: {str(error) or f'no answer in {START_S:.0f} s'}",
             hint=f"its log is {home.own_log(NAME)}",
         ) from error
+
+
+async def answer(home: Home, timeout_s: float) -> None:
+    """Return once Caddy has answered a request; TimeoutError after *timeout_s*, OSError when it answers otherwise."""
+    async with asyncio.timeout(timeout_s):
+        reader, writer = await asyncio.open_unix_connection(str(ports_socket(home)))
+        try:
+            writer.write(b"GET / HTTP/1.1\r\nHost: slum\r\nConnection: close\r\n\r\n")
+            if not (await reader.readline()).startswith(b"HTTP/1.1 404"):
+                raise ConnectionError("it answers something else")
+        finally:
+            writer.close()
 
 
 async def _exited(keeper: KeeperClient, name: str, signum: signal.Signals) -> bool:

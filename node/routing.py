@@ -1,7 +1,8 @@
 """Keeps the router as the config wants it: running while anything is routed, listening where it is asked to.
 
 That changes seldom (routes are links that the router reads by itself), so it is a task that makes it true again after each
-change and each new keeper, and tries again while that fails. A failure is the config's trouble, told in the agent's report; services run on meanwhile.
+change and each new keeper, and tries again while that fails. A failure is the config's trouble, told in the agent's report; services
+run on meanwhile. Another task ends a router that hangs (caddywatch.py).
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import asyncio
 from collections.abc import Callable
 
 from slum import log
+from slum.alive import silent_ms
 from slum.errors import SlumError, Unreachable
 from slum.model import Listen
-from slum.node import router
+from slum.node import caddywatch, router
 from slum.node.describe import Describer
 from slum.node.keeperclient import KeeperClient
 from slum.node.roster import Roster
@@ -32,6 +34,8 @@ class Routing:
         self._describer = describer
         self._trouble = trouble
         self._wake = asyncio.Event()
+        self._made: router.Wanted | None = None
+        """What the router is, as far as is known; None while there is none."""
 
     def poke(self) -> None:
         """Look again: the config or the keeper is new."""
@@ -40,7 +44,6 @@ class Routing:
     async def run(self) -> None:
         """Keep the router until cancelled."""
         delay_s: float | None = None
-        made: router.Wanted | None = None
         made_by: KeeperClient | None = None
         while True:
             try:
@@ -51,12 +54,12 @@ class Routing:
                 log.get().info("router_retried")
             self._wake.clear()
             keeper, wanted = self.keeper, self._wanted()
-            if keeper is None or self._roster.desired is None or (wanted == made and keeper is made_by):
+            if keeper is None or self._roster.desired is None or (wanted == self._made and keeper is made_by):
                 delay_s = None
                 continue
             try:
                 await self._make(keeper, wanted)
-                made, made_by, delay_s = wanted, keeper, None
+                self._made, made_by, delay_s = wanted, keeper, None
                 self._trouble("")
             except Unreachable:
                 delay_s = RETRY_S
@@ -64,6 +67,15 @@ class Routing:
                 log.get().warning("router_not_made", why=str(error))
                 self._trouble(f"the router: {error}")
                 delay_s = RETRY_S
+
+    async def watch(self) -> None:
+        """End a router that hangs, until cancelled."""
+        await caddywatch.watch(
+            router.NAME,
+            lambda: self.keeper if self._made is not None else None,
+            lambda seconds: router.answer(self._home, seconds),
+            silent_ms() / 1000,
+        )
 
     async def _make(self, keeper: KeeperClient, wanted: router.Wanted | None) -> None:
         if wanted is None:

@@ -35,10 +35,15 @@ class Log(Frozen):
 
 
 class Respawn(Frozen):
-    """Start again whenever it exits, after a delay that doubles from min to max while it keeps dying young."""
+    """Start again whenever it exits, after a delay that doubles from min to max while it keeps dying young.
+
+    With *silent_ms_max* it is also killed when it hangs: when it has begun to tell that it lives (slum.alive) and then has
+    not for that long.
+    """
 
     delay_ms_min: int = 100
     delay_ms_max: int = 5_000
+    silent_ms_max: int = 0
 
 
 class Signalling(Frozen):

@@ -42,6 +42,7 @@ async def test_the_folders_are_those_of_home(rig: Rig) -> None:
     home = checked_home(rig.home.data, rig.home.run)
     places = Places(str(home.data), str(home.run))
     assert {name: getattr(places, name) for name in places.__slots__} == {
+        "alive": f"{home.private}/w",  # told to whom it concerns, and no part of Home
         "boot": str(home.boot),
         "data": str(home.data),
         "fifos": str(home.fifos),

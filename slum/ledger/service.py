@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
+from slum.alive import Alive
 from slum.errors import QuorumLost, SlumError
 from slum.ledger import rpc
 from slum.ledger.changes import Change
@@ -50,6 +51,7 @@ class Service:
         self.ended: asyncio.Future[None] = self._loop.create_future()
         """Done when the thread has ended: after stop(), or with the error that ended it."""
         self._thread = threading.Thread(target=self._run, name="ledger")
+        self._alive = Alive()
 
     def start(self) -> None:
         self._thread.start()
@@ -131,6 +133,8 @@ class Service:
         self._loop.call_soon_threadsafe(self._end, failure)
 
     def _publish(self) -> None:
+        if self._alive.due:  # both threads turn: this one, and the event loop
+            self._loop.call_soon_threadsafe(self._alive.tell)
         if self._curious:
             status = self._member.status()
             while self._curious:

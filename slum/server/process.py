@@ -19,6 +19,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from slum import log, wire
+from slum.alive import Alive
 from slum.ledger.client import connect
 from slum.ledger.reader import Reader
 from slum.paths import Home, checked_home
@@ -103,6 +104,7 @@ def make_server(home: Home, remote: socket.socket) -> Server:
         "front": front.keep(control),
         "copies": control.copies.run(),
         "adding": control.adding.run(),
+        "alive": Alive().keep_telling(),
     }
 
     @asynccontextmanager

@@ -50,6 +50,19 @@ def test_kill_9_of_a_program_is_not_noticed_by_services(site: Site, names: tuple
     assert site.get("web")[1].startswith("v2")
 
 
+def test_programs_that_hang_are_started_again_and_services_do_not_notice(site: Site) -> None:
+    site.env["SLUM_SILENT_MS"] = "3000"
+    site.apply(echo() + echo("door", more='listen = "fd"'))
+    services, answer = service_pids(site), site.get("web")
+    until(lambda: len(list((site.run / "p" / "w").iterdir())) == 3, 15, "agent, server and ledger tell that they live")
+    old = {name: site.pid(name) for name in PROGRAMS}
+    for pid in old.values():
+        os.kill(pid, signal.SIGSTOP)
+    until(lambda: all_back(site, PROGRAMS, old), 60, "all programs are back")
+    assert site.get("web") == answer
+    assert service_pids(site) == services
+
+
 def test_kill_9_of_the_keeper_services_live_log_on_and_are_adopted(site: Site) -> None:
     tick = (
         '[S.tick]\ncommand = "sh -c \'i=0; while :; do i=$((i+1)); echo tick $i; sleep 0.05; done\'"\nlisten = "none"\n'
