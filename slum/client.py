@@ -1,6 +1,6 @@
-"""The control plane as Python calls: a synchronous client of the HTTP API over its unix socket.
+"""The control plane as Python calls: a synchronous client of the HTTP API, of this machine or of one elsewhere.
 
-Inputs are a Home and the types of slum.api; answers are those types, errors the classes of slum.errors that the server
+Inputs are a Home or another Reach and the types of slum.api; answers are those types, errors the classes of slum.errors that the server
 named. A server or ledger that restarts is waited for: connections refused or cut, and 503, are tried again until the
 deadline, mutations always with the same request id, so that they happen once. It never starts anything, never prints,
 and never changes what it was given.
@@ -9,7 +9,6 @@ and never changes what it was given.
 from __future__ import annotations
 
 import secrets
-import signal
 import socket
 import time
 from collections import Counter, deque
@@ -27,16 +26,12 @@ from slum.errors import QuorumLost, SlumError, Unreachable
 from slum.ledger.commands import new_request_id
 from slum.model import Fleet
 from slum.paths import Home
+from slum.reach import DEADLINE_S, Here, Reach
 
-DEADLINE_S = 15.0
-"""How long a control plane that restarts is waited for."""
 SILENCE_S = 20.0
 """A stream that says nothing for so long is opened anew."""
 RETRY_MS = (50, 100, 200, 400, 800)
 CHUNK_BYTES = 256 << 10
-KEEPER_S = 2.0
-RESTART_S = 10.0
-RESTART_AFTER_END_S = 1.0
 LOG_OVERLAP_S = 2.0
 RECENT_LINES = 10_000
 """What a cut log stream asks for again, and how many lines it can recognise as printed already."""
@@ -45,16 +40,15 @@ T = TypeVar("T")
 
 
 class Client:
-    """One connection to the control plane of *home*. Not for several threads."""
+    """One connection to the control plane that *at* leads to. Not for several threads."""
 
-    def __init__(self, home: Home, *, deadline_s: float = DEADLINE_S) -> None:
-        self.home = home
+    def __init__(self, at: Home | Reach, *, deadline_s: float = DEADLINE_S) -> None:
+        self.at: Reach = Here(at) if isinstance(at, Home) else at
         self.deadline_s = deadline_s
         self.seq: int | None = None
         """The newest ledger sequence that an answer named; part of the next request id."""
         self._answered = False
-        transport = httpx.HTTPTransport(uds=str(home.api_socket))
-        self._http = httpx.Client(transport=transport, base_url="http://slum/v1/", timeout=60.0)
+        self._http = httpx.Client(transport=self.at.transport(), base_url="http://slum/v1/", timeout=60.0)
 
     def __enter__(self) -> Self:
         return self
@@ -67,11 +61,11 @@ class Client:
     # --- reading ------------------------------------------------------------------------------------------------------
     def present(self) -> bool:
         """Tell whether there is a control plane; one that restarts is waited for. Unreachable when we may not ask it."""
-        self._check_permission()
+        self.at.check()
         try:
             self._send(lambda: self._http.get("health"))
         except Unreachable:
-            if self._answered:
+            if self._answered or not self.at.is_here:
                 raise
             return False
         return True
@@ -180,6 +174,34 @@ class Client:
         self._saw(done.seq)
         return done
 
+    # --- who may come in ----------------------------------------------------------------------------------------------
+    def add_token(self, kind: str, subject: str = "", *, role: str = "", ttl_s: float = 3600.0) -> api.NewToken:
+        """Make a join token. Sent again it makes another; the one that nobody heard of expires."""
+        body = api.TokenRequest(kind=kind, subject=subject, role=role, ttl_s=ttl_s, host=socket.gethostname())
+        return self._call("POST", "tokens", api.NewToken, body=body)
+
+    def tokens(self) -> tuple[api.TokenView, ...]:
+        return self._call("GET", "tokens", tuple[api.TokenView, ...])
+
+    def remove_token(self, id: str) -> api.Revoked:
+        """Remove a token; ConfigError when there is none of that id."""
+        return self._call("DELETE", f"tokens/{id}", api.Revoked, host=socket.gethostname())
+
+    def users(self) -> tuple[api.UserView, ...]:
+        return self._call("GET", "users", tuple[api.UserView, ...])
+
+    def remove_user(self, name: str) -> api.Revoked:
+        """Revoke all that *name* has; ConfigError when that is nothing."""
+        return self._call("DELETE", f"users/{name}", api.Revoked, host=socket.gethostname())
+
+    def certificates(self) -> tuple[api.CertificateView, ...]:
+        return self._call("GET", "certificates", tuple[api.CertificateView, ...])
+
+    def revoke(self, *, subject: str = "", serial: str = "", why: str = "") -> api.Revoked:
+        """Revoke one certificate or all of a subject; ConfigError when nothing of the sort holds."""
+        body = api.RevokeRequest(subject=subject, serial=serial, why=why, host=socket.gethostname())
+        return self._call("POST", "revoke", api.Revoked, body=body)
+
     def has_blob(self, digest: str) -> bool:
         """Tell whether the control plane holds the blob."""
         answer = self._send(lambda: self._http.head(f"blobs/{digest}"), accept=(404,))
@@ -268,22 +290,28 @@ class Client:
 
     def _send(self, send: Callable[[], httpx.Response], *, accept: tuple[int, ...] = ()) -> httpx.Response:
         """Send until there is an answer; what *send* does must be safe to repeat."""
-        self._check_permission()
+        self.at.check()
         started = time.monotonic()
         deadline = started + self.deadline_s
+        others = self.at.members - 1
         for attempt in range(1_000_000):
             try:
-                self._knock()
+                self.at.knock()
+                self._answered = self._answered or self.at.is_here
                 answer = send()
+                self._answered = True
             except httpx.TransportError as error:
-                failed: SlumError = self._lost(error)
-                retry = self._answered or time.monotonic() - started < _patience_s(self.home)
+                failed: SlumError = self.at.lost(error, self._answered)
+                retry = others > 0 or self._answered or time.monotonic() - started < self.at.patience_s()
             else:
                 if answer.status_code < 400 or answer.status_code in accept:
                     return answer
                 failed = problem_of(answer.status_code, answer.content)
-                retry = isinstance(failed, QuorumLost) and not failed.lasting
-            pause = RETRY_MS[min(attempt, len(RETRY_MS) - 1)] / 1000
+                retry = isinstance(failed, QuorumLost) and (others > 0 or not failed.lasting)
+            # Another member may be well, or lead: each is asked once before anybody is given up.
+            self.at.next()
+            pause = 0.0 if others > 0 else RETRY_MS[min(attempt, len(RETRY_MS) - 1)] / 1000
+            others -= 1
             if not retry or time.monotonic() + pause > deadline:
                 raise failed
             time.sleep(pause)
@@ -307,40 +335,11 @@ class Client:
         finally:
             answer.close()
 
-    def _knock(self) -> None:
-        """Raise ConnectError when nobody listens. httpcore 1.0.9 leaks the socket of a connect that fails: ask first."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            try:
-                probe.connect(str(self.home.api_socket))
-            except OSError as error:
-                raise httpx.ConnectError(str(error)) from error
-        self._answered = True
-
     def _open(self, request: httpx.Request) -> httpx.Response:
         answer = self._http.send(request, stream=True)
         if answer.status_code >= 400:
             answer.read()
         return answer
-
-    def _lost(self, error: httpx.TransportError) -> Unreachable:
-        if not self._answered and _patience_s(self.home) < DEADLINE_S:
-            return Unreachable(
-                f"no control plane runs on this machine ({self.home.api_socket})",
-                hint="`slum apply` starts one, or `slum up`; --run-dir or SLUM_RUN_DIR name another place",
-            )
-        what = "does not answer in time" if isinstance(error, httpx.TimeoutException) else f"does not answer ({error})"
-        return Unreachable(f"the control plane {what}", hint="`slum up` starts it again; services go on meanwhile")
-
-    def _check_permission(self) -> None:
-        try:
-            self.home.api_socket.stat()
-        except PermissionError as error:
-            raise Unreachable(
-                f"no permission to use the control plane at {self.home.api_socket}",
-                hint="it belongs to another user: use sudo, or your own with --data-dir and --run-dir",
-            ) from error
-        except OSError:
-            return
 
     def _request_id(self) -> str:
         return new_request_id(secrets.token_hex(16), self.seq if self.seq is not None else self.status().ledger.seq)
@@ -365,24 +364,3 @@ def _chunks(path: Path, sent: Callable[[int], None]) -> Iterator[bytes]:
 
 def _present(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _patience_s(home: Home) -> float:
-    """Return how long a server that was never seen is worth waiting for: as long as a keeper will start it again.
-
-    One that ended by itself or by `slum down` looks the same for the moment that a restart takes.
-    """
-    from slum.node.keeperclient import Child, KeeperError, call
-
-    try:
-        page = call(home, "list", after=_BEFORE_SERVER, timeout_s=KEEPER_S)["children"]
-    except (KeeperError, Unreachable):
-        return 0.0
-    server = next((msgspec.convert(child, Child) for child in page if child["name"] == "server"), None)
-    if server is None or (server.exited_at is not None and time.time() - server.exited_at > RESTART_S):
-        return 0.0
-    return RESTART_AFTER_END_S if server.status in (0, -signal.SIGTERM) else DEADLINE_S
-
-
-_BEFORE_SERVER = "serveq"
-"""The keeper lists by name: what comes right after this."""

@@ -249,8 +249,9 @@ from pathlib import Path
 from slum.cli.terminal import attach
 from slum.errors import SlumError
 from slum.paths import Home
+from slum.reach import Here
 try:
-    attach(Home(data=Path(sys.argv[1]), run=Path(sys.argv[2])), "run", [], terminal=False)
+    attach(Here(Home(data=Path(sys.argv[1]), run=Path(sys.argv[2]))), "run", [], terminal=False)
 except SlumError as error:
     print(type(error).__name__)
 """

@@ -17,7 +17,9 @@ from slum.errors import ConfigError, Conflict, SlumError
 
 if TYPE_CHECKING:
     from slum.client import Client
+    from slum.contexts import Contexts
     from slum.paths import Home
+    from slum.reach import Reach
 
 EXIT_PIPE = 141
 """Whoever read our output went away: what a shell reports for SIGPIPE."""
@@ -42,6 +44,8 @@ class Invocation(NamedTuple):
     quiet: bool
     color: bool
     """Colour on stdout: a terminal, and nothing said against it."""
+    context: str = ""
+    """The name of the context that leads to the control plane; "" for this machine's own."""
 
     def say(self, text: str = "") -> None:
         """Print *text* for people on stdout; with --json stdout belongs to the one document."""
@@ -70,10 +74,25 @@ class Invocation(NamedTuple):
         return click.style(text, **STYLES[style]) if self.color and style else text
 
     def client(self) -> Client:
-        """Return a client of this machine's control plane; use it in a with statement."""
+        """Return a client of the control plane that is meant; use it in a with statement."""
         from slum.client import Client
 
-        return Client(self.home)
+        return Client(self.reach())
+
+    def reach(self) -> Reach:
+        """Return how that control plane is reached."""
+        from slum.reach import Elsewhere, Here
+
+        if not self.context:
+            return Here(self.home)
+        contexts = self.contexts()
+        return Elsewhere(contexts, contexts.load(self.context))
+
+    def contexts(self) -> Contexts:
+        """Return this user's contexts."""
+        from slum.contexts import Contexts
+
+        return Contexts.of(os.environ, os.path.expanduser("~"))
 
 
 class SlumCommand(click.Command):
@@ -136,6 +155,9 @@ def shared_options(function: F) -> F:
     """Add the options that every command takes; before the command's name they mean the same."""
     for option in reversed(
         (
+            _shared(
+                "--context", metavar="NAME", help="Which control plane; `local` is this machine's.  [env: SLUM_CONTEXT]"
+            ),
             _shared("--data-dir", metavar="DIR", help="Where state lies.  [env: SLUM_DATA_DIR]"),
             _shared("--run-dir", metavar="DIR", help="Where sockets lie.  [env: SLUM_RUN_DIR]"),
             _shared("--json", is_flag=True, help="JSON on stdout, with a stable schema."),
@@ -149,7 +171,7 @@ def shared_options(function: F) -> F:
     return function
 
 
-SHARED = frozenset({"data_dir", "run_dir", "json", "yes", "quiet", "no_color", "debug", "help"})
+SHARED = frozenset({"context", "data_dir", "run_dir", "json", "yes", "quiet", "no_color", "debug", "help"})
 
 
 def file_option(function: F) -> F:
@@ -180,7 +202,28 @@ def invocation(settings: Mapping[str, object]) -> Invocation:
         yes=bool(settings.get("yes")),
         quiet=bool(settings.get("quiet")),
         color=style_on(settings, sys.stdout),
+        context=context_of(settings, os.environ),
     )
+
+
+def context_of(settings: Mapping[str, object], env: Mapping[str, str]) -> str:
+    """Return the name of the context that is meant, "" for this machine's own control plane.
+
+    In this order: --context; a folder of this machine that an option names; SLUM_CONTEXT; the context in use.
+    """
+    given = settings.get("context")
+    if given is None and not settings.get("data_dir") and not settings.get("run_dir"):
+        given = env.get("SLUM_CONTEXT") or _context_in_use(env)
+    return "" if given in (None, "local") else str(given)
+
+
+def _context_in_use(env: Mapping[str, str]) -> str:
+    """As Contexts.current, without its imports: every command asks."""
+    try:
+        with open(f"{env.get('XDG_CONFIG_HOME') or os.path.expanduser('~/.config')}/slum/context") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
 
 
 def can_consent(asked: Invocation) -> bool:

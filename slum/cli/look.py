@@ -55,7 +55,7 @@ def status(asked: Invocation, cluster: bool) -> None:
     from slum.cli.join import status_of_node
     from slum.node.home import has_joined
 
-    if has_joined(asked.home):
+    if not asked.context and has_joined(asked.home):
         status_of_node(asked)
         return
     if cluster:

@@ -62,6 +62,11 @@ SECTIONS: dict[str, dict[str, Entry]] = {
     "Machines": {
         "drain": Entry("slum.cli.machines:drain", "Empty a machine and keep it empty until --undo."),
     },
+    "Who may come in": {
+        "token": Entry("slum.cli.token:token", "Let in a node, a member or a user, once; revoke."),
+        "user": Entry("slum.cli.user:user", "List and remove users of this control plane."),
+        "context": Entry("slum.cli.context:context", "Choose the control plane to speak to, here or elsewhere."),
+    },
     "Backup and recovery": {
         "backup": Entry("slum.cli.backup:backup", "How far the backup is, and whether it can be restored."),
         "restore": Entry("slum.cli.restore:restore", "Bring a control plane back from its backup."),

@@ -45,7 +45,8 @@ def read_fleet(asked: Invocation, file: str) -> Loaded:
     if not asked.json:
         for warning in loaded.warnings:
             asked.note(f"{warning} (warning)")
-    problems = tuple(str(problem) for problem in machine_problems(asked.home, loaded.fleet))
+    local = not asked.context
+    problems = tuple(str(problem) for problem in machine_problems(asked.home, loaded.fleet)) if local else ()
     if problems:
         raise ConfigError(
             f"{quantity(len(problems), 'problem')} with this machine",

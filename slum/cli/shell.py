@@ -67,12 +67,14 @@ def _attach(
     asked: Invocation, verb: str, target: str, words: tuple[str, ...], *, terminal: bool, tenement: str | None
 ) -> int:
     from slum.cli.terminal import attach
+    from slum.client import Client
 
     service, instance = split_target(target)
-    with asked.client() as client:
+    reach = asked.reach()
+    with Client(reach) as client:
         view = _pick(chosen(client.instances(), service, instance, tenement), needs_running=verb == "exec")
     query = [("service", service), ("id", view.report.id), ("tenement", view.tenement)]
-    return attach(asked.home, verb, [*query, *(("command", word) for word in words)], terminal=terminal)
+    return attach(reach, verb, [*query, *(("command", word) for word in words)], terminal=terminal)
 
 
 def _pick(views: tuple[api.InstanceView, ...], *, needs_running: bool) -> api.InstanceView:

@@ -67,7 +67,7 @@ def _services(ctx: click.Context, parameter: click.Parameter, incomplete: str) -
     from slum.errors import SlumError
 
     try:
-        with Client(invocation(ctx.find_root().obj or {}).home, deadline_s=COMPLETION_DEADLINE_S) as client:
+        with Client(invocation(ctx.find_root().obj or {}).reach(), deadline_s=COMPLETION_DEADLINE_S) as client:
             found = client.instances()
     except SlumError:
         return []

@@ -1,4 +1,4 @@
-"""One command's terminal over a WebSocket on the API's unix socket: input, output, window size, exit status.
+"""One command's terminal over a WebSocket of the API, on its unix socket or over TLS: input, output, window size, exit status.
 
 A single loop on poll(2): wsproto frames one way, standard input the other, neither able to stall the other. With a terminal
 it is put into raw mode, so that every key (ctrl-C too) reaches the far side, and is always put back.
@@ -9,12 +9,11 @@ from __future__ import annotations
 import os
 import selectors
 import signal
-import socket
 import sys
 import termios
 import tty as tty_modes
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from types import FrameType
 from urllib.parse import urlencode
 
@@ -25,7 +24,7 @@ from wsproto.utilities import ProtocolError
 from slum import api, wire
 from slum.answers import problem_of
 from slum.errors import SlumError, Unhealthy, Unreachable
-from slum.paths import Home
+from slum.reach import Link, Reach
 
 INPUT_BYTES = 64 << 10
 BACKLOG_BYTES_MAX = 256 << 10
@@ -33,7 +32,7 @@ BACKLOG_BYTES_MAX = 256 << 10
 CONNECT_S = 10.0
 
 
-def attach(home: Home, path: str, query: list[tuple[str, str]], *, terminal: bool) -> int:
+def attach(at: Reach, path: str, query: list[tuple[str, str]], *, terminal: bool) -> int:
     """Run one WebSocket conversation at *path* and return the command's exit status (128 + n for signal n).
 
     Raises what the server refused with, Unreachable when the connection is lost, and Unhealthy when the command could not
@@ -43,7 +42,7 @@ def attach(home: Home, path: str, query: list[tuple[str, str]], *, terminal: boo
         columns, rows = os.get_terminal_size(0)
         query = [*query, ("tty", "1"), ("rows", str(rows)), ("columns", str(columns))]
     with ExitStack() as stack:
-        link = stack.enter_context(_connected(home))
+        link = stack.enter_context(closing(at.dial(CONNECT_S)))
         session = _Session(link, f"/v1/{path}?{urlencode(query)}")
         session.open()
         if terminal:
@@ -52,7 +51,7 @@ def attach(home: Home, path: str, query: list[tuple[str, str]], *, terminal: boo
 
 
 class _Session:
-    def __init__(self, link: socket.socket, target: str) -> None:
+    def __init__(self, link: Link, target: str) -> None:
         self._link = link
         self._target = target
         self._frames = WSConnection(ConnectionType.CLIENT)
@@ -194,19 +193,6 @@ def _failed(error: str) -> SlumError:
 def _write(descriptor: int, data: bytes) -> None:
     while data:
         data = data[os.write(descriptor, data) :]
-
-
-@contextmanager
-def _connected(home: Home) -> Iterator[socket.socket]:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
-        link.settimeout(CONNECT_S)
-        try:
-            link.connect(str(home.api_socket))
-        except OSError as error:
-            raise Unreachable(
-                f"the control plane does not answer: {error.strerror}", hint="`slum up` starts it"
-            ) from error
-        yield link
 
 
 @contextmanager
