@@ -24,7 +24,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -187,7 +187,9 @@ class Cluster:
         at = self.hosts[by or self.members[0]]
         token = self.token_of(at, "member")
         words = ["server", "join", at.api, "--token-file", "-", "--address", host.address, "--member", host.name]
-        ran = self.slum(host, *words, *(("--replace", replace) if replace else ()), input=token, check=check, timeout=180)
+        ran = self.slum(
+            host, *words, *(("--replace", replace) if replace else ()), input=token, check=check, timeout=180
+        )
         if ran.code == 0:
             self.members.append(host.name)
             if replace:
@@ -209,7 +211,14 @@ class Cluster:
         """Run slum on *host*; Failed with all that it said when it does not end with 0."""
         command = host.enter(str(SLUM), *words)
         done = subprocess.run(
-            command, env=self.env(host), capture_output=True, text=True, timeout=timeout, input=input, cwd="/", check=False
+            command,
+            env=self.env(host),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            input=input,
+            cwd="/",
+            check=False,
         )
         ran = Ran(("slum", *words), done.returncode, done.stdout, done.stderr)
         if check and ran.code:
@@ -297,7 +306,9 @@ class Cluster:
         """Let machines that were powered off start slum again, as their init would; returns at once."""
         for host in hosts:
             subprocess.Popen(
-                host.enter(str(SLUM), "server", "run") if (host.data / "state").is_dir() else host.enter(str(SLUM), "up"),
+                host.enter(str(SLUM), "server", "run")
+                if (host.data / "state").is_dir()
+                else host.enter(str(SLUM), "up"),
                 env=self.env(host),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -312,7 +323,11 @@ class Cluster:
         boot_file = host.data / "boot.json"
         boot = json.loads(boot_file.read_text())
         for child in boot["children"]:
-            env = {k: v for k, v in child["env"].items() if k not in ("LD_PRELOAD", "FAKETIME", "FAKETIME_DONT_FAKE_MONOTONIC")}
+            env = {
+                k: v
+                for k, v in child["env"].items()
+                if k not in ("LD_PRELOAD", "FAKETIME", "FAKETIME_DONT_FAKE_MONOTONIC")
+            }
             if offset_s:
                 env |= {"LD_PRELOAD": str(found), "FAKETIME": f"{offset_s:+.0f}s", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
             child["env"] = env
@@ -370,20 +385,18 @@ class Cluster:
         _sh(*host.enter(*words), input=input)
 
 
-def fleet_toml(*, members: Sequence[str] = (), nodes: Sequence[str] = (), service: str = "") -> str:
-    """Return a slum.toml: a local operator for each of *members* and its machine as a tenement, and the machines *nodes*.
+def fleet_toml(*, members: Sequence[str] = (), service: str = "") -> str:
+    """Return a slum.toml: a local operator for each of *members* and its machine as a tenement.
 
     Each tenement has one service *hello* that answers with where it runs; *service* is added to its table.
     """
-    text = ['[fleet]\nname = "demo"\n']
-    for name in members:
-        text.append(f'[operators.{name}]\ntype = "local"\nmember = "{name}"\n')
-    for tenement in members:
-        text.append(f'[tenement.{tenement}]\noperator = "{tenement}"\n{_hello(tenement, service)}')
-    return "\n".join(text)
+    operators = "".join(f'[operators.{name}]\ntype = "local"\nmember = "{name}"\n\n' for name in members)
+    tenements = (f'[tenement.{name}]\noperator = "{name}"\n{hello_toml(name, service)}\n' for name in members)
+    return f'[fleet]\nname = "demo"\n\n{operators}{"".join(tenements)}'
 
 
-def _hello(tenement: str, more: str) -> str:
+def hello_toml(tenement: str, more: str = "") -> str:
+    """Return the service *hello* of *tenement*."""
     program = (
         "import http.server, os, socketserver\\n"
         "class H(http.server.BaseHTTPRequestHandler):\\n"
@@ -435,7 +448,3 @@ def _lives(pid: int) -> bool:
 
 def _inode(path: Path) -> int:
     return path.stat().st_ino
-
-
-def _hosts_of(cluster: Cluster) -> Iterator[Host]:
-    yield from cluster.hosts.values()

@@ -133,7 +133,6 @@ def join(
     It gets a copy of all that is committed, follows, and votes as soon as it is close behind. The token is told only to the
     authority that it names. What was interrupted is finished by the same command with the same token.
     """
-    import os
 
     from slum import api
     from slum.cli.join import token_from
@@ -149,7 +148,7 @@ def join(
             f"{asked.home.data} holds a control plane already",
             hint="a member takes an empty data folder: `slum server leave` first, or another --data-dir and --run-dir",
         )
-    token = parse(token_from(token_file, os.environ))
+    token = parse(token_from(token_file, {}) or "")
     place = _place(founding.check_name(member or _machine_name()), address, api_port, ledger_port, listen)
     me = founding.give_identity(asked.home, place)
     request = api.JoinRequest(
@@ -301,7 +300,6 @@ def run(asked: Invocation) -> None:
 
     For systemd and containers. SIGTERM ends it; services live on and are adopted by the next one.
     """
-    import os
 
     from slum.node.boot import check_keeper
     from slum.node.keeperclient import keeper_command

@@ -19,9 +19,11 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from slum import log, wire
 from slum.errors import Unreachable
+from slum.ledger.reader import MachineRow
 from slum.model import Stamp
 from slum.server.desired import advance
 from slum.server.notes import Notes
+from slum.server.peer import Guest
 from slum.server.pulse import Pulse
 from slum.server.view import World
 
@@ -124,7 +126,8 @@ class Hub:
             seen = self.seen.get(machine)
             if seen is not None and seen.session is not None:
                 seen.session.offer(self._encode(machine))
-        for machine in self.seen.keys() - new.keys():
+        former = {m for m, seen in self.seen.items() if _is_former(world.machines.get(m), seen.hello)}
+        for machine in (self.seen.keys() - new.keys()) | former:
             seen = self.seen.pop(machine)
             if seen.session is not None:
                 seen.session.end("the machine is not part of the fleet any more")
@@ -155,15 +158,15 @@ class Hub:
             raise Unreachable(f"the agent of {machine} has dialled another member", hint="try again")
         return session
 
-    async def serve(self, websocket: WebSocket) -> None:
-        """Serve one agent's connection to its end."""
+    async def serve(self, websocket: WebSocket, guest: Guest | None) -> None:
+        """Serve one agent's connection to its end; *guest* as in _admit."""
         await websocket.accept()
         try:
             async with asyncio.timeout(HELLO_S):
                 hello = wire.from_agent.decode(await websocket.receive_bytes())
             if not isinstance(hello, wire.Hello):
                 raise Refusal("the first message must be hello", fatal=True)
-            await self._admit(hello)
+            await self._admit(hello, guest)
         except Refusal as refusal:
             log.get().warning("agent_refused", why=refusal.why, fatal=refusal.fatal)
             await websocket.send_bytes(wire.encoder.encode(wire.Refused(why=refusal.why, fatal=refusal.fatal)))
@@ -177,8 +180,11 @@ class Hub:
             return
         await self._converse(websocket, hello)
 
-    async def _admit(self, hello: wire.Hello) -> None:
-        """Return when *hello*'s machine exists by the ledger; Refusal when it does not within ADMIT_S."""
+    async def _admit(self, hello: wire.Hello, guest: Guest | None) -> None:
+        """Return when *hello*'s machine exists by the ledger; Refusal when it does not within ADMIT_S.
+
+        *guest* is whom the agent's certificate names; None for one on this machine's own socket.
+        """
         if hello.protocol != wire.PROTOCOL:
             raise Refusal(
                 f"this member speaks protocol {wire.PROTOCOL}, the agent {hello.protocol}: upgrade the older one"
@@ -187,7 +193,7 @@ class Hub:
         while True:
             seen = self._moved.count
             row = self._world.machines.get(hello.tenement) if self._world else None
-            if row is not None and row.machine_id == hello.machine and row.state in EXISTING:
+            if row is not None and _is_of(row, hello, guest):
                 return
             left = end - asyncio.get_running_loop().time()
             if left <= 0:
@@ -370,6 +376,25 @@ class Refusal(Exception):
         super().__init__(why)
         self.why = why
         self.fatal = fatal
+
+
+def _is_of(row: MachineRow, hello: wire.Hello, guest: Guest | None) -> bool:
+    """Tell whether who says *hello* is the machine that *row* is about, and that is there or may be."""
+    if guest is None:
+        return row.machine_id == hello.machine and row.state in EXISTING
+    # Its agent may be here before whoever made the machine has said that it is made.
+    key = f"{row.machine}.{row.incarnation}"
+    ours = (guest.name, guest.key, hello.machine) == (row.machine, key, f"{ELSEWHERE}{key}")
+    return ours and row.state in (*EXISTING, "creating")
+
+
+def _is_former(row: MachineRow | None, hello: wire.Hello) -> bool:
+    """Tell whether *hello* was said by a machine elsewhere that was given up for a later one of the same name."""
+    return (
+        hello.machine.startswith(ELSEWHERE)
+        and row is not None
+        and hello.machine != f"{ELSEWHERE}{row.machine}.{row.incarnation}"
+    )
 
 
 def merge(seen: Seen, report: wire.Report) -> None:

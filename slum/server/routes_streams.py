@@ -13,6 +13,7 @@ from slum.errors import ConfigError, Unreachable
 from slum.frozen import Frozen
 from slum.server import progress
 from slum.server.control import Control
+from slum.server.peer import Guest
 from slum.server.route import Call
 from slum.server.routes_fleet import placed
 from slum.server.sse import Emit, EventStream
@@ -189,7 +190,8 @@ async def _shell(call: Call, machine: str, request: wire.ExecRequest | wire.RunR
 
 
 async def get_agent(call: Call) -> None:
-    await call.control.hub.serve(call.websocket)
+    peer = call.peer
+    await call.control.hub.serve(call.websocket, peer if isinstance(peer, Guest) else None)
 
 
 async def get_agent_stream(call: Call) -> None:
