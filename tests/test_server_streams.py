@@ -113,6 +113,30 @@ async def test_progress_of_a_failure_carries_the_cause_and_the_last_lines(
     assert failed.logs == ("Traceback", "No such file: ap.py")
 
 
+async def test_progress_of_many_failures_asks_for_few_logs_and_all_at_once(
+    http: httpx.AsyncClient, agent: FakeAgent
+) -> None:
+    """A hundred services that fail must not be a hundred waits, one after the other."""
+    asked: list[str] = []
+    together = asyncio.Barrier(5)
+
+    async def wait_for_the_others(request: wire.OpenStream, socket: WebSocket) -> None:
+        assert isinstance(request.request, wire.LogsRequest)
+        asked.append(request.request.service)
+        await together.wait()
+        await saying("main 1.000 boom")(request, socket)
+
+    agent.on_stream = wait_for_the_others
+    names = [f"bad{number:02}" for number in range(30)]
+    await applied(http, a_fleet(*map(a_service, names)), 1)
+    await agent.until(lambda a: len(a.desired) > 1)
+    await agent.report(*(agent.instance(name, Phase.FAILED, generation=1) for name in names), full=True)
+    steps = await progress(http, 2)
+    assert len(steps[-1].failed) == 30
+    assert [step.service for step in steps if step.logs == ("boom",)] == names[:5]
+    assert sorted(asked) == names[:5]
+
+
 async def test_progress_does_not_take_an_old_releases_health_for_the_new(
     http: httpx.AsyncClient, agent: FakeAgent
 ) -> None:

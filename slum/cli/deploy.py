@@ -98,8 +98,9 @@ def judge(asked: Invocation, outcome: Outcome, revision: int, wait_s: float) -> 
     """Show the last words of what failed; raise Unhealthy or Conflict unless all has arrived."""
     if outcome.replaced:
         raise Conflict(outcome.replaced, hint="`slum status` shows what holds now")
-    for number, step in enumerate(outcome.failed):
-        if step.logs and number < LAST_WORDS_MAX:
+    told = [step.name for step in outcome.failed if step.logs][:LAST_WORDS_MAX]
+    for step in outcome.failed:
+        if step.name in told:
             asked.say(f"  last words of {label(step.name)}:")
             for line in step.logs:
                 asked.say(f"    {clean(line)}".rstrip())

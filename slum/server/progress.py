@@ -1,7 +1,7 @@
 """The progress stream: tells each step of an apply (or stop, start, restart) until everything is settled.
 
-Steps come from settled.steps, again at each change; only what differs is sent. A step that failed carries the last log
-lines of its instance. The stream ends with "done"; while an agent is away it says so and goes on.
+Steps come from settled.steps, again at each change; only what differs is sent. The first steps that fail carry the last log
+lines of their generation: each costs the agent a process, and forty would hide the cause. The stream ends with "done"; while an agent is away it says so and goes on.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ WAKE_S = 5.0
 CALM_S = 0.03
 """So long after a change before looking again: reports come in bursts."""
 LOG_LINES = 10
+LOGGED_MAX = 5
+"""So many failed steps carry log lines, all asked for at once."""
 LOG_S = 3.0
 
 
@@ -34,6 +36,7 @@ async def follow(control: Control, revision: int, emit: Emit) -> None:
     since = _since(control)
     releases = releases_of(world.fleet)
     told: dict[str, api.Progress] = {}
+    logged: set[str] = set()
     while True:
         seen = control.changed.count
         world = control.world()
@@ -42,11 +45,13 @@ async def follow(control: Control, revision: int, emit: Emit) -> None:
             await emit(api.Progress(what="done", ok=False, final=True, detail=why))
             return
         found = steps(world, control.hub.seen, control.hub.desired, control.known_troubles, releases, since=since)
-        for step in found:
-            before = told.get(step.name)
-            if before is None or replace(before, took_s=0.0, logs=()) != replace(step, took_s=0.0):
-                told[step.name] = step
-                await emit(await _with_logs(control, step))
+        news = [step for step in found if _is_news(told.get(step.name), step)]
+        told |= {step.name: step for step in news}
+        failed = [step for step in news if step.what == "instance" and not step.ok]
+        logged |= {step.name for step in failed[: max(0, LOGGED_MAX - len(logged))]}
+        lines = await _logs(control, [step.name for step in failed if step.name in logged])
+        for step in news:
+            await emit(replace(step, logs=lines.get(step.name, ())))
         for name in told.keys() - {step.name for step in found}:
             gone = told.pop(name)
             if gone.state == "leaving":
@@ -65,15 +70,20 @@ def _since(control: Control) -> float:
     return max([control.world().at, *(event.at for event in asked)])
 
 
-async def _with_logs(control: Control, step: api.Progress) -> api.Progress:
-    """Return *step* with the last log lines of its instance when that failed."""
-    if step.ok or step.what != "instance":
-        return step
-    machine, service, instance = step.name.split("/")
-    report = instances_of(control.hub.seen, machine).get((service, instance))
-    if report is None:
-        return step
-    return replace(step, logs=tuple(line.text for line in await last_lines(control, machine, report)))
+def _is_news(before: api.Progress | None, step: api.Progress) -> bool:
+    return before is None or replace(before, took_s=0.0) != replace(step, took_s=0.0)
+
+
+async def _logs(control: Control, names: list[str]) -> dict[str, tuple[str, ...]]:
+    """Return the last log lines of the instances *names*, each "machine/service/id"."""
+    tasks: dict[str, asyncio.Task[tuple[api.LogLine, ...]]] = {}
+    async with asyncio.TaskGroup() as group:
+        for name in names:
+            machine, service, instance = name.split("/")
+            report = instances_of(control.hub.seen, machine).get((service, instance))
+            if report is not None:
+                tasks[name] = group.create_task(last_lines(control, machine, report), name=f"last words of {name}")
+    return {name: tuple(line.text for line in task.result()) for name, task in tasks.items()}
 
 
 async def last_lines(control: Control, machine: str, report: wire.InstanceReport) -> tuple[api.LogLine, ...]:
