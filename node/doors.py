@@ -184,7 +184,12 @@ class Far:
 
 def way_of(home: Home) -> Near | Far:
     """Return the way of this machine's agent."""
-    told = homes.read_home(home)
+    try:
+        told = homes.read_home(home)
+    except SlumError as error:
+        # Services are to be kept all the same.
+        log.get().error("home_unreadable", why=error.message)
+        told = None
     return Near(home.api_socket) if told is None else Far(home, told)
 
 

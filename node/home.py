@@ -137,6 +137,11 @@ def read_line(home: Home) -> Line | None:
     return line
 
 
+def forget_line(home: Home) -> None:
+    """Take away what an agent said that is about to be replaced."""
+    (home.private / "line.json").unlink(missing_ok=True)
+
+
 def write_line(home: Home, *, server: str = "", why: str = "") -> None:
     line = Line(pid=os.getpid(), at=time.time(), server=server, why=why)
     write_atomically(home.private / "line.json", msgspec.json.encode(line), sync=False)

@@ -7,6 +7,7 @@ again. home.json is written last. Starts nothing; slum.node.service does.
 
 from __future__ import annotations
 
+import os
 import ssl
 import time
 from collections.abc import Callable, Sequence
@@ -117,7 +118,7 @@ def _check_name(asked: str, given: str) -> None:
 
 def _begin(home: Home, of_token: str) -> Begun:
     """Return the key for this token, on disk: the one of an attempt before, or a new one."""
-    home.data.mkdir(mode=0o711, parents=True, exist_ok=True)
+    home.data.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
     home.agent.mkdir(mode=0o700, exist_ok=True)
     file = home.agent / "join.json"
     try:

@@ -11,6 +11,7 @@ from collections import deque
 from pathlib import Path
 from types import TracebackType
 
+import msgspec
 from wsproto import ConnectionType, WSConnection
 from wsproto.events import (
     AcceptConnection,
@@ -25,6 +26,7 @@ from wsproto.events import (
 from wsproto.utilities import ProtocolError
 
 from slum.errors import Unreachable
+from slum.frozen import Sparse
 from slum.node.doors import READ_BYTES, Door, Unix
 from slum.node.home import NAME
 from slum.wire import FRAME_BYTES_MAX
@@ -131,7 +133,7 @@ class WebSocket:
             case RejectData(data=data, body_finished=finished):
                 self._refusal += bytes(data)[: REASON_BYTES_MAX - len(self._refusal)]
                 if finished:
-                    raise Unreachable(f"the member refused the connection: {self._refusal.decode('utf-8', 'replace')}")
+                    raise Unreachable(f"the member refused the connection: {_words(bytes(self._refusal))}")
             case Message(data=part, message_finished=finished):
                 self._parts.append(part.encode() if isinstance(part, str) else bytes(part))
                 self._size += len(self._parts[-1])
@@ -145,6 +147,20 @@ class WebSocket:
             case CloseConnection(code=code, reason=reason):
                 self._open = False
                 raise Unreachable(f"the member closed the connection ({code}{': ' + reason if reason else ''})")
+
+
+def _words(refusal: bytes) -> str:
+    """Return what a refusal's body says: a Problem's message, else the text as it is."""
+    try:
+        return msgspec.json.decode(refusal, type=dict[str, _Problem])["error"].message
+    except (msgspec.DecodeError, KeyError):
+        return refusal.decode("utf-8", "replace")
+
+
+class _Problem(Sparse):
+    """Of api.Problem, what is needed here: the rest of that module is the agent's to do without."""
+
+    message: str
 
 
 async def connect(at: Path | Door, target: str, timeout_s: float) -> WebSocket:

@@ -63,8 +63,11 @@ async def test_the_whole_way_by_the_command_line() -> None:
         words = (await asyncio.to_thread(slum, here, "status")).stdout
         assert "here of fleet test" in words
         assert f"connected to {front.url}" in words
-        apply = await asyncio.to_thread(slum, here, "up")
-        assert "the agent already runs" in apply.stdout
+        doctor = json.loads((await asyncio.to_thread(slum, here, "doctor", "--json")).stdout)
+        (check,) = [check for check in doctor if check["what"] == "node"]
+        assert (check["ok"], "here of fleet test" in check["detail"]) == ("ok", True), check
+        up = await asyncio.to_thread(slum, here, "up")
+        assert "the agent already runs" in up.stdout
         before = here.services()
         down = await asyncio.to_thread(slum, here, "down")
         assert "stopped the agent" in down.stdout

@@ -219,6 +219,7 @@ def _start(asked: Invocation, *, new: bool) -> str:
     from slum.node import home as homes
 
     if new:
+        homes.forget_line(asked.home)
         boot.restart(asked.home, boot.AGENT)
     _, unit = start_node(asked.home, installing=True)
     end = time.monotonic() + CONNECT_S
