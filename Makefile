@@ -2,7 +2,7 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help quickstart venv dev check test simulate bench clean
+.PHONY: help quickstart venv dev check test simulate cluster cluster-down bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -32,6 +32,12 @@ test: $(VENV)/.dev  ## all tests, against real parts
 
 simulate: $(VENV)/.dev  ## the ledger under a simulated network, disk and clock: N=schedules SEED=first
 	$(PY) -m tests.simulation --count $(or $(N),1000) --seed $(or $(SEED),1)
+
+cluster: $(VENV)/.dev  ## three members and two tenements in network namespaces (root); prints how to reach and break them
+	@$(PY) tests/cluster_site.py up
+
+cluster-down: $(VENV)/.dev  ## end them
+	@$(PY) tests/cluster_site.py down
 
 bench: $(VENV)/.dev  ## all benchmarks, one after the other; figures to docs/benchmarks.md by hand
 	@for b in $(filter-out benchmarks/measure.py,$(wildcard benchmarks/*.py)); do echo "== $$b"; $(PY) $$b || exit 1; done

@@ -448,3 +448,99 @@ def _lives(pid: int) -> bool:
 
 def _inode(path: Path) -> int:
     return path.stat().st_ino
+
+
+def _up(members: int, tenements: int) -> int:
+    """Make a cluster that stays, with services on all its tenements, and say how to reach and break it."""
+    if STATE.exists():
+        print(f"{STATE} says that one is there already: `make cluster-down` first")
+        return 2
+    command = [sys.executable, str(Path(__file__).resolve()), "keep", str(members), str(tenements)]
+    log = open("/tmp/slum-cluster.log", "wb")  # noqa: SIM115  the keeper's, as long as it lives
+    keeper = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd="/"
+    )
+    log.close()
+    try:
+        until(lambda: STATE.exists() or keeper.poll() is not None, 300, "the cluster")
+    except KeyboardInterrupt:
+        keeper.send_signal(signal.SIGTERM)
+        keeper.wait()
+        raise
+    if not STATE.exists():
+        print(Path("/tmp/slum-cluster.log").read_text())
+        return 1
+    print(json.loads(STATE.read_text())["text"])
+    return 0
+
+
+def _keep(members: int, tenements: int) -> int:
+    """Make the cluster, keep its provider, and end it all at SIGTERM."""
+    from cluster_provider import Provider, cloud_toml
+
+    ended = [False]
+    signal.signal(signal.SIGTERM, lambda *_: ended.__setitem__(0, True))
+    nodes = [f"t{number}" for number in range(1, tenements + 1)]
+    with Cluster() as cluster:
+        cluster.make(members=members)
+        hosts = [cluster.hosts[name] for name in cluster.members]
+        with Provider(cluster, hosts):
+            toml = cluster.base / "slum.toml"
+            toml.write_text(fleet_toml(members=["m1"]) + (cloud_toml(nodes) if nodes else ""))
+            cluster.slum(hosts[0], "apply", str(toml), "--yes", timeout=120)
+            text = _how_to(cluster, toml)
+            unfinished = STATE.with_suffix(".new")
+            unfinished.write_text(json.dumps({"pid": os.getpid(), "text": text}))
+            unfinished.rename(STATE)
+            while not ended[0]:
+                time.sleep(0.2)
+            for host in cluster.hosts.values():
+                cluster.power_off(host)
+    STATE.unlink(missing_ok=True)
+    return 0
+
+
+def _how_to(cluster: Cluster, toml: Path) -> str:
+    tenements = len(cluster.hosts) - len(cluster.members)
+    lines = [f"{len(cluster.members)} members, {tenements} tenements elsewhere; fleet {toml}", ""]
+    for host in cluster.hosts.values():
+        slum = f"slum --data-dir {host.data} --run-dir {host.run}"
+        lines.append(f"  {host.name}  {host.address:<12}  nsenter --net=/run/netns/{host.netns} -- {slum}")
+    first, last = cluster.hosts["m1"], cluster.hosts[cluster.members[-1]]
+    enter = f"nsenter --net=/run/netns/{first.netns} --"
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "look:      alias s='" + f"slum --data-dir {first.data} --run-dir {first.run}'",
+            "           s status --cluster; s ps; s logs hello; s events -n 20",
+            f"answer:    {enter} curl -s -H 'Host: hello.localhost' http://127.0.0.1:8080/",
+            "kill:      kill -9 the pid of ledger, server, front, agent or keeper: they come back (the keeper by `slum up`)",
+            f"           pgrep -af 'slum.ledger.*{first.run} '",
+            f"cut off:   {enter} nft 'add table inet cut; add chain inet cut i {{ type filter hook input priority 0; }};"
+            " add rule inet cut i iif != lo drop'",
+            f"heal:      {enter} nft delete table inet cut",
+            f"leave:     slum --data-dir {last.data} --run-dir {last.run} server leave",
+            "end:       make cluster-down",
+        ]
+    )
+
+
+def _down() -> int:
+    if not STATE.exists():
+        print("no cluster is there")
+        return 0
+    pid = int(json.loads(STATE.read_text())["pid"])
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+        until(lambda: not _lives(pid), 120, "the end of the cluster")
+    STATE.unlink(missing_ok=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    verb, *numbers = sys.argv[1:]
+    if verb == "up":
+        sys.exit(_up(*(int(number) for number in numbers or ("3", "2"))))
+    sys.exit(_keep(int(numbers[0]), int(numbers[1])) if verb == "keep" else _down())
