@@ -24,7 +24,7 @@ from slum.operators.wheelhouse import Target, Wheel, Wheelhouse, build, target_o
 OPT = "/opt/slum"
 NEED_MB = 400
 """Wheels, what is installed of them, and some air."""
-JOIN_S, PACKAGES_S = 90.0, 180.0
+JOIN_S, PACKAGES_S = 150.0, 180.0
 LOCK_S = 60.0
 LOG_BYTES_MAX = 1 << 20
 
@@ -233,6 +233,15 @@ async def bring_up(
         diary.note(step.title, f"{said or 'done'} ({time.monotonic() - began:.1f} s)")
     diary.note("done", f"{facts.distribution}, Python {facts.python}, {house.name}")
     return before
+
+
+async def switch(hand: Hand, house: Wheelhouse, diary: Diary) -> bool:
+    """Let the machine on this host go on under *house*, installed before; False when it does already or is none."""
+    await hand.ask("take", cluster="", fence=[], wait_s=LOCK_S)
+    diary.note(f"switch to {house.name}")
+    done = bool((await hand.ask("switch", name=house.name))["switched"])
+    diary.note(f"switch to {house.name}", "done" if done else "it runs already, or no machine is there")
+    return done
 
 
 async def _do(step: Step, hand: Hand) -> str:

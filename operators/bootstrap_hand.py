@@ -18,6 +18,7 @@ import secrets
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -269,6 +270,21 @@ def leave(_requests: BinaryIO, name: str, cluster: str) -> Fields:
     return {"left": True}
 
 
+def switch(_requests: BinaryIO, name: str) -> Fields:
+    """Let OPT/name run this machine's keeper and agent instead of what does; services are adopted as they are."""
+    python = str(OPT / name / "bin/python")
+    if not _read(IDENTITY) or (_agent_python() == python and _answers(KEEPER)):
+        return {"switched": False}
+    slum = [python, "-P", "-m", "slum.cli.main"]
+    if os.path.isdir("/run/systemd/system") and UNIT.exists():
+        _told(["systemctl", "stop", UNIT.name], 120)
+    elif _answers(KEEPER):
+        _told([*slum, "down"], 60)
+        _stop(_keeper_pid())
+    _told([*slum, "up"], 90)
+    return {"switched": True}
+
+
 VERBS: dict[str, Callable[..., Fields]] = {
     "facts": facts,
     "take": take,
@@ -277,6 +293,7 @@ VERBS: dict[str, Callable[..., Fields]] = {
     "install": install,
     "run": run,
     "leave": leave,
+    "switch": switch,
 }
 
 
@@ -330,23 +347,32 @@ def _ran(argv: list[str], timeout_s: float, stdin: str = "") -> tuple[int, str]:
         if os.getppid() != parent:
             os._exit(1)
 
-    with subprocess.Popen(
-        argv,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=ENVIRONMENT,
-        cwd="/",
-        start_new_session=True,
-        preexec_fn=None if kept else die_with_us,
-    ) as process:
+    # In memory, not pipes: what goes on in the background holds a pipe open.
+    given, written = os.memfd_create("stdin"), os.memfd_create("output")
+    try:
+        os.pwrite(given, stdin.encode(), 0)
+        process = subprocess.Popen(
+            argv,
+            stdin=given,
+            stdout=written,
+            stderr=written,
+            env=ENVIRONMENT,
+            cwd="/",
+            start_new_session=True,
+            preexec_fn=None if kept else die_with_us,
+        )
         try:
-            output, _ = process.communicate(stdin.encode(), timeout=timeout_s)
+            status = process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            process.wait()
             raise Refused("timeout", f"`{Path(argv[0]).name}` did not end within {timeout_s:g} s") from None
-    return process.returncode, output[-OUTPUT_MAX:].decode(errors="replace")
+        size = os.fstat(written).st_size
+        output = os.pread(written, OUTPUT_MAX, max(0, size - OUTPUT_MAX))
+    finally:
+        os.close(given)
+        os.close(written)
+    return status, output.decode(errors="replace")
 
 
 def _holder(lock: int) -> Fields:
@@ -376,7 +402,7 @@ def _start_time(pid: int) -> str:
 
 def _runs(identity: Fields) -> bool:
     """Tell whether the machine of *identity* has joined completely and its keeper answers."""
-    return bool(identity) and BOOT.exists() and (DATA / "agent/node.crt").exists() and _answers(KEEPER)
+    return bool(identity) and BOOT.exists() and (DATA / "agent/home.json").exists() and _answers(KEEPER)
 
 
 def _answers(path: str) -> bool:
@@ -387,6 +413,23 @@ def _answers(path: str) -> bool:
         except OSError:
             return False
     return True
+
+
+def _keeper_pid() -> int:
+    with socket.socket(socket.AF_UNIX) as link:
+        link.connect(KEEPER)
+        return int(struct.unpack("3i", link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
+
+
+def _stop(pid: int) -> None:
+    """End the keeper *pid*, whose children live on, and return when it is gone."""
+    start = _start_time(pid)
+    os.kill(pid, signal.SIGTERM)
+    end = time.monotonic() + 20
+    while _start_time(pid) == start:
+        if time.monotonic() > end:
+            raise Refused("os", f"the keeper (pid {pid}) does not end")
+        time.sleep(0.05)
 
 
 def _agent_python() -> str:

@@ -11,16 +11,18 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import NamedTuple
+
+import asyncssh
 
 from slum.errors import OperatorError
 from slum.model import SshHost, SshOperator
 from slum.operators import naming
 from slum.operators.base import Deadlines, Machine, MachineSpec
-from slum.operators.bootstrap import LOCK_S, Diary, Facts, Houses, bring_up, look
+from slum.operators.bootstrap import LOCK_S, Diary, Facts, Houses, Step, bring_up, check, look, steps, switch
 from slum.operators.local import Site
 from slum.operators.ssh_hand import Hand, working
 from slum.operators.ssh_hosts import KeyFile, address_of, choose_host, host_in, machine_id
@@ -43,11 +45,20 @@ _RESERVED: dict[str, dict[str, Promise]] = {}
 class Ssh:
     deadlines = Deadlines(observe_s=60.0, create_s=900.0, destroy_s=240.0)
 
-    def __init__(self, definition: SshOperator, site: Site) -> None:
+    def __init__(
+        self,
+        definition: SshOperator,
+        site: Site,
+        *,
+        houses: Houses | None = None,
+        tell: Callable[[str, str, str], None] | None = None,
+    ) -> None:
+        """*tell* hears of each step on each host: (host, step, "" when it begins or what came of it)."""
         self._definition = definition
         self._site = site
         self._book = KeyFile(known_keys(site))
-        self._houses = Houses(site.home.data / "wheels")
+        self._houses = houses or Houses(site.home.data / "wheels")
+        self._tell = tell
         self._hosts = {address_of(host, definition).id: host for host in definition.hosts}
 
     def machine_id(self, spec: MachineSpec) -> str:
@@ -86,7 +97,7 @@ class Ssh:
                 f"{spec.machine} is on {name}, which is not among the hosts of operators.{self._definition.name} any more",
                 hint="put it back; to move the machine, remove its tenement, apply, and add it again",
             )
-        diary = Diary(host_log(self._site, name))
+        diary = self._diary(name)
         try:
             async with Dialer(self._definition, self._book) as dialer, self._hand(dialer, name, host) as hand:
                 await bring_up(hand, self._houses, spec, diary, fence=self._site.fence)
@@ -107,7 +118,7 @@ class Ssh:
         if found is None or host is None:
             return
         name, machine = found
-        diary = Diary(host_log(self._site, name))
+        diary = self._diary(name)
         async with Dialer(self._definition, self._book) as dialer, self._hand(dialer, name, host) as hand:
             facts = await look(hand)
             cluster = facts.cluster
@@ -117,6 +128,40 @@ class Ssh:
         for promised in _RESERVED.values():
             for key in [key for key, promise in promised.items() if promise.host == name and _is_name(machine, key)]:
                 del promised[key]
+
+    async def prepare(self, host: str) -> Facts:
+        """Install this version of slum on *host* (a name as in ids), whatever runs there, and return what it was before."""
+        async with Dialer(self._definition, self._book) as dialer, self._hand(dialer, host, self._hosts[host]) as hand:
+            return await bring_up(hand, self._houses, None, self._diary(host))
+
+    async def plan(self, host: str) -> tuple[Facts, tuple[Step, ...]]:
+        """Return what *host* says of itself and what preparing it would do; changes nothing there."""
+        async with Dialer(self._definition, self._book) as dialer, self._hand(dialer, host, self._hosts[host]) as hand:
+            facts = await look(hand)
+        house = await self._houses.of(facts.target)
+        check(facts, house)
+        return facts, steps(facts, house, None)
+
+    async def upgrade(self, host: str) -> bool:
+        """Let the machine on *host* go on under this version, services untouched; False when it does or is none."""
+        async with Dialer(self._definition, self._book) as dialer, self._hand(dialer, host, self._hosts[host]) as hand:
+            house = await self._houses.of((await look(hand)).target)
+            return await switch(hand, house, self._diary(host))
+
+    @asynccontextmanager
+    async def shell(self, host: str) -> AsyncIterator[asyncssh.SSHClientConnection]:
+        """Yield a connection to *host*, as the operator has it."""
+        async with Dialer(self._definition, self._book) as dialer, dialer.to(self._hosts[host]) as connection:
+            yield connection
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The names of its hosts, as ids have them, in order."""
+        return tuple(self._hosts)
+
+    def _diary(self, host: str) -> Diary:
+        tell = self._tell
+        return Diary(host_log(self._site, host), None if tell is None else lambda step, said: tell(host, step, said))
 
     @asynccontextmanager
     async def _hand(self, dialer: Dialer, name: str, host: SshHost) -> AsyncIterator[Hand]:
