@@ -200,6 +200,14 @@ class Hub:
                 raise Refusal(f"{hello.machine} is not (yet) the machine {hello.tenement!r} of this fleet")
             await self._moved.wait(seen, left)
 
+    def names_bundle(self, guest: Guest, digest: str) -> bool:
+        """Tell whether *guest* is the node of a machine of now whose config names the bundle *digest*."""
+        row = self._world.machines.get(guest.name) if self._world else None
+        desired = self.desired.get(guest.name)
+        if row is None or desired is None or guest.key != f"{row.machine}.{row.incarnation}":
+            return False
+        return any(service.bundle == digest for service in desired.services)
+
     async def _converse(self, websocket: WebSocket, hello: wire.Hello) -> None:
         session = Session(websocket, hello.tenement)
         seen = self._begin(session, hello)

@@ -7,6 +7,7 @@ from starlette.responses import FileResponse, Response
 
 from slum.errors import ConfigError
 from slum.server.blobs import BLOB_BYTES_MAX
+from slum.server.peer import Guest
 from slum.server.problems import Missing, TooLarge
 from slum.server.route import Call
 
@@ -24,8 +25,13 @@ async def put_blob(call: Call) -> Response:
 
 
 async def get_blob(call: Call) -> Response:
-    """Answer GET and HEAD."""
+    """Answer GET and HEAD; to a node only for bundles that its own config names."""
     digest = call.connection.path_params["digest"]
+    peer = call.peer
+    if isinstance(peer, Guest) and peer.kind == "node":
+        call.control.world()
+        if not call.control.hub.names_bundle(peer, digest):
+            raise Missing(f"no blob {digest}")
     if not await call.control.copies.touch(digest):
         raise Missing(f"no blob {digest}")
     headers = {"etag": f'"{digest}"', "cache-control": "max-age=31536000, immutable"}

@@ -195,4 +195,4 @@ async def get_agent(call: Call) -> None:
 
 
 async def get_agent_stream(call: Call) -> None:
-    await call.control.streams.serve(call.websocket)
+    await call.control.streams.serve(call.websocket, call.peer)

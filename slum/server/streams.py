@@ -21,6 +21,7 @@ from slum.node.websocket import WebSocket as ClientSocket
 from slum.server.agents import Session
 from slum.server.elsewhere import Away
 from slum.server.memberwire import Open
+from slum.server.peer import Guest, Peer
 from slum.server.problems import Missing, problem_response
 
 DIAL_S = 10.0
@@ -117,10 +118,14 @@ class Streams:
                 hint="`slum status` tells whether it is busy or gone",
             ) from None
 
-    async def serve(self, websocket: WebSocket) -> None:
-        """Serve an agent's dial-in to its end."""
-        machine, dialled = self._waiting.pop(websocket.path_params["id"], (None, None))
-        if machine is None or dialled is None or dialled.done():
+    async def serve(self, websocket: WebSocket, peer: Peer) -> None:
+        """Serve an agent's dial-in to its end; with a node's certificate only a stream that its machine was asked for."""
+        name = websocket.path_params["id"]
+        machine, dialled = self._waiting.get(name, (None, None))
+        strange = isinstance(peer, Guest) and peer.name != machine
+        if not strange:
+            self._waiting.pop(name, None)
+        if machine is None or dialled is None or dialled.done() or strange:
             await refuse(websocket, Missing("no stream of that id is waited for"))
             return
         await websocket.accept()
