@@ -101,6 +101,7 @@ class Cluster:
         self._numbers = itertools.count(1)
         self._keep_logs = keep_logs
         self._made = False
+        self._booted: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Self:
         try:
@@ -129,6 +130,8 @@ class Cluster:
         """End every process of every host and remove all that was made."""
         for host in self.hosts.values():
             self._end(host)
+        for process in self._booted:
+            process.wait(30)
         for netns in (*(host.netns for host in self.hosts.values()), self.hub):
             subprocess.run(["ip", "netns", "del", netns], capture_output=True, check=False)
         if self._keep_logs is not None:
@@ -305,16 +308,17 @@ class Cluster:
     def boot(self, *hosts: Host) -> None:
         """Let machines that were powered off start slum again, as their init would; returns at once."""
         for host in hosts:
-            subprocess.Popen(
-                host.enter(str(SLUM), "server", "run")
-                if (host.data / "state").is_dir()
-                else host.enter(str(SLUM), "up"),
-                env=self.env(host),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-                cwd="/",
+            words = ("server", "run") if (host.data / "state").is_dir() else ("up",)
+            self._booted.append(
+                subprocess.Popen(
+                    host.enter(str(SLUM), *words),
+                    env=self.env(host),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
+                    cwd="/",
+                )
             )
 
     def set_clock(self, host: Host, offset_s: float, *, library: Path | None = None) -> None:
