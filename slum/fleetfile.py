@@ -106,7 +106,11 @@ class _Report:
 
     def judge(self, found: tuple[Problem, ...]) -> None:
         """Take over validate's problems, unless the value they are about could not be read anyway."""
-        self.problems += [self._located(problem) for problem in found if not self._is_broken(problem.at)]
+        self.problems += [
+            self._located(problem)
+            for problem in found
+            if not self._is_broken(problem.at) and problem.given not in self.broken
+        ]
 
     def warn_of(self, found: tuple[Problem, ...]) -> None:
         self.warnings += [self._located(problem) for problem in found]

@@ -23,6 +23,8 @@ class Problem(Frozen):
     message: str
     file: str = ""
     line: int | None = None
+    given: At = ()
+    """Another place whose value makes this a problem; what could not be read there makes none."""
 
     def __str__(self) -> str:
         where = f"{self.file}:{self.line}" if self.line is not None else self.file

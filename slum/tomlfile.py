@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+import sys
 import tomllib
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 from slum.errors import ConfigError
 
+STDIN = "-"
 BYTES_MAX = 256 << 10
 DEPTH_MAX = 16
 """Of nested arrays and inline tables together, and of the parts of one dotted key."""
@@ -47,8 +49,13 @@ class Document:
 
 
 def read(path: Path, name: str | None = None) -> Document:
-    """Return the document in *path*; ConfigError when it cannot be read, is too large or is not TOML."""
+    """Return the document in *path*, "-" being standard input; ConfigError when it cannot be read or is not TOML.
+
+    What standard input names is looked for from the working folder.
+    """
     name = name or str(path)
+    if name == STDIN:
+        return parse(sys.stdin.buffer.read(BYTES_MAX + 1), name, Path())
     return parse(_read_bytes(path, name), name, path.parent)
 
 
@@ -78,7 +85,7 @@ def _read_bytes(path: Path, name: str) -> bytes:
         with open(path, "rb", opener=_open_without_waiting) as file:
             mode = os.fstat(file.fileno()).st_mode
             if not stat.S_ISREG(mode):
-                raise ConfigError(f"{name}: is not a regular file")
+                raise ConfigError(f"{name}: is not a regular file", hint="`-` reads standard input")
             return file.read(BYTES_MAX + 1)
     except FileNotFoundError as error:
         raise ConfigError(f"{name}: no such file", hint="`slum init` writes a commented slum.toml") from error

@@ -87,11 +87,11 @@ def _check_placeholders(service: Service, text: str, at: At) -> Iterator[Problem
     for part in unknown(text):
         message = f"{shown(part)} is no placeholder; known are {{name}} {{id}} {{data_dir}} {{socket}} {{port}}"
         yield Problem(at=at, message=f"{message}, and {{{{ }}}} stand for braces")
-    used = placeholders(text)
+    used, given = placeholders(text), (*at[:4], "listen")
     if "port" in used and service.listen is not Listen.PORT:
-        yield Problem(at=at, message='{port} has a value only with listen = "port"')
+        yield Problem(at=at, message='{port} has a value only with listen = "port"', given=given)
     if "socket" in used and service.listen not in (Listen.SOCKET, Listen.FD):
-        yield Problem(at=at, message='{socket} has a value only with listen = "socket" or "fd"')
+        yield Problem(at=at, message='{socket} has a value only with listen = "socket" or "fd"', given=given)
 
 
 def _check_command(service: Service, at: At) -> Iterator[Problem]:
@@ -188,19 +188,24 @@ def _check_variables(names: tuple[str, ...], at: At) -> Iterator[Problem]:
 def _check_listen(service: Service, at: At) -> Iterator[Problem]:
     listen, routed = service.listen, service.listen is not Listen.NONE
     on_socket = listen in (Listen.SOCKET, Listen.FD)
+    given = (*at, "listen")
     if listen is Listen.PORT and service.port is None:
-        yield Problem(at=(*at, "port"), message='listen = "port" needs it')
+        yield Problem(at=(*at, "port"), message='listen = "port" needs it', given=given)
     if listen is not Listen.PORT and service.port is not None:
-        yield Problem(at=(*at, "port"), message=f'needs listen = "port", but listen is "{listen}"')
+        yield Problem(at=(*at, "port"), message=f'needs listen = "port", but listen is "{listen}"', given=given)
     if listen is Listen.PORT and len(service.instances) > 1:
-        yield Problem(at=(*at, "port"), message=f"{len(service.instances)} instances cannot share one port")
+        yield Problem(
+            at=(*at, "port"), message=f"{len(service.instances)} instances cannot share one port", given=given
+        )
     if service.deploy is Deploy.OVERLAP and not on_socket:
-        yield Problem(at=(*at, "deploy"), message='"overlap" needs listen = "socket" or "fd"; use "replace"')
+        yield Problem(
+            at=(*at, "deploy"), message='"overlap" needs listen = "socket" or "fd"; use "replace"', given=given
+        )
     for key, needs in (("health", routed), ("request_timeout", routed), ("idle_timeout", listen is Listen.FD)):
         field = key if key == "health" else f"{key}_s"
         if getattr(service, field) is not None and not needs:
             wanted = 'listen = "fd"' if key == "idle_timeout" else "a service that listens"
-            yield Problem(at=(*at, key), message=f'needs {wanted}, but listen is "{listen}"')
+            yield Problem(at=(*at, key), message=f'needs {wanted}, but listen is "{listen}"', given=given)
     if service.health is not None and not _HEALTH.fullmatch(service.health):
         yield Problem(at=(*at, "health"), message=f'{shown(service.health)} is no path such as "/healthz"')
     if service.socket is not None:
@@ -209,7 +214,7 @@ def _check_listen(service: Service, at: At) -> Iterator[Problem]:
 
 def _check_socket(service: Service, at: At, *, on_socket: bool) -> Iterator[Problem]:
     """A socket of the service's own: only in its own folder, so that no route can be led to somebody else's."""
-    path = service.socket or ""
+    path, given = service.socket or "", (*at[:-1], "listen")
     yield from check_path(path, at)
     yield from _check_placeholders(service, path, at)
     if "{socket}" in path:
@@ -219,10 +224,10 @@ def _check_socket(service: Service, at: At, *, on_socket: bool) -> Iterator[Prob
     if len(path.encode(errors="replace")) > 80:
         yield Problem(at=at, message="is longer than 80 bytes; a socket's whole path holds 107")
     if not on_socket:
-        yield Problem(at=at, message=f'needs listen = "socket" or "fd", but listen is "{service.listen}"')
+        yield Problem(at=at, message=f'needs listen = "socket" or "fd", but listen is "{service.listen}"', given=given)
     if service.listen is Listen.SOCKET and service.deploy is Deploy.OVERLAP:
         message = 'two generations cannot bind one path; use deploy = "replace", or no `socket`'
-        yield Problem(at=at, message=message)
+        yield Problem(at=at, message=message, given=given)
 
 
 def _check_level(service: Service, at: At) -> Iterator[Problem]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import sys
 import textwrap
 import threading
 from pathlib import Path
@@ -46,6 +48,28 @@ def test_apply_without_consent_changes_nothing(lonely: Desk) -> None:  # noqa: F
         "error: this needs consent, and there is no terminal to ask on; nothing was changed (exit 2)\n  next: add --yes\n"
     )
     assert not lonely.home.data.exists()
+
+
+def test_an_empty_file_on_a_bare_machine_is_nothing_to_do_and_asks_nothing(lonely: Desk) -> None:  # noqa: F811
+    lonely.write("")
+    assert lonely.slum("apply").out == "fleet default, revision 0: nothing to do\n"
+    assert lonely.slum("apply", "--yes", "--json").json["changed"] is False
+    assert not lonely.home.data.exists()
+
+
+def test_a_file_from_standard_input_is_read_from_the_working_folder(
+    lonely: Desk,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = (lonely.folder / "slum.toml").read_bytes()
+    (lonely.folder / "slum.toml").unlink()
+    for words, code in (("plan", "-"), 10), (("plan", "-f", "-"), 10), (("apply", "-"), 2):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
+        assert lonely.slum(*words, code=code).out == GOLDEN_FIRST
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"[fleet]\nnane = 1\n")))
+    assert "-:2: fleet.nane: unknown key; did you mean `name`?" in lonely.slum("validate", "-", code=2).err
+    assert "`-` reads standard input" in lonely.slum("plan", "/dev/null", code=2).err
+    assert lonely.slum("init", "-").out.startswith("#")
 
 
 def test_apply_then_nothing_to_do(desk: Desk) -> None:  # noqa: F811

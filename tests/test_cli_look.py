@@ -65,11 +65,20 @@ def test_ps() -> None:
     assert "\n".join(ps_lines(tuple(fake.views.values()), NOW, plain)) == (
         "SERVICE  ID    TENEMENT  LEVEL      STATE    AGE     CPU    MEM      REQUESTS  RESTARTS  URL\n"
         "notes    main  here      namespace  failed   59 min  1.0 %  14.0 MB  7         2         http://notes.localhost:8080"
-        "  exit 2, 3 times in 2.1 s\n"
+        "  exit 2, 3 times in 2.1 s; generation 1 of the release before serves\n"
         "web      acme  here      process    healthy  59 min  1.0 %  14.0 MB  7         0         http://web.localhost:8080\n"
         "web      b     here      process    healthy  59 min  1.0 %  14.0 MB  7         0         http://web.localhost:8080"
     )
     assert ps_lines((), NOW, plain) == ["nothing runs here: `slum apply` a slum.toml"]
+
+
+def test_ps_says_which_generation_serves_while_a_new_release_fails() -> None:
+    view = world().views["here/notes/main"]
+    report = msgspec.structs.replace(
+        view.report, release="b" * 64, generation=4, serving=1, serving_release="a" * 64, detail="exit 2"
+    )
+    line = ps_lines((msgspec.structs.replace(view, report=report),), NOW, plain)[1]
+    assert line.endswith("exit 2; generation 1 of the release before serves")
 
 
 def test_ps_marks_what_is_not_known_now() -> None:

@@ -276,7 +276,7 @@ def test_completion_lists_commands_options_and_services(desk: Desk) -> None:  # 
         assert done.stderr == ""
         return [item.split(",")[1] for item in done.stdout.splitlines()]
 
-    assert complete("slum re") == ["restart"]
+    assert complete("slum resta") == ["restart"]
     assert complete("slum logs no") == ["notes"]
     assert complete("slum stop notes/") == ["notes/main"]
     assert complete("slum logs --gr") == ["--grep"]

@@ -367,6 +367,11 @@ def test_a_value_that_cannot_be_read_is_not_judged_too(tmp_path: Path) -> None:
     )
 
 
+def test_what_could_not_be_read_makes_no_second_problem(tmp_path: Path) -> None:
+    text = WEB + 'listen = "prt"\nport = 8080\nidle_timeout = 300\nargs = ["{port}"]\n'
+    assert problems(tmp_path, text) == (f'slum.toml:7: {AT}.listen: "prt" is none of socket, fd, port, none',)
+
+
 def test_a_broken_config_file_is_named_with_its_own_line(tmp_path: Path) -> None:
     write(tmp_path, "a = 1\nb =\n", "t.toml")
     (line,) = problems(tmp_path, HEAD + 'config = "t.toml"\n')

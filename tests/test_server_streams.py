@@ -589,3 +589,4 @@ async def test_explain_of_an_unknown_service_names_the_nearest(http: httpx.Async
     assert answer.status_code == 404
     assert problem(answer).code == "bad_input"
     assert "did you mean 'notes'?" in problem(answer).message
+    assert problem(answer).hint == "`slum ps` lists them"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import click
 
 from slum.cli.base import Invocation, can_consent, command, consent, file_of, file_option
-from slum.cli.deploy import deploy, show, stages
+from slum.cli.deploy import deploy, nothing_to_do, show, stages
 from slum.cli.machine import start
-from slum.cli.prepare import ask_providers, packed, plan_on, read_fleet, state_without
+from slum.cli.prepare import ask_providers, never_had_one, packed, plan_on, read_fleet, state_without
 from slum.cli.target import span_s
 
 
@@ -37,9 +37,13 @@ def apply(
         loaded = read_fleet(asked, file_of(file, file_option))
         with packed(asked, loaded) as prepared, asked.client() as client:
             if not client.present():
-                if not can_consent(asked):
-                    show(asked, plan_on(state_without(asked.home), prepared.fleet))
-                    consent(asked, "")
+                if not can_consent(asked) or never_had_one(asked.home):
+                    first = plan_on(state_without(asked.home), prepared.fleet)
+                    if not first.actions:
+                        return nothing_to_do(asked, first)
+                    if not can_consent(asked):
+                        show(asked, first)
+                        consent(asked, "")
                 start(asked)
             ask_providers(asked, client, prepared.fleet)
             state = client.state()

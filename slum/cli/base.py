@@ -124,7 +124,10 @@ class TrailingCommand(SlumCommand):
 
 
 class SlumGroup(click.Group):
-    """A group whose help ends with examples."""
+    """A group whose help ends with examples. Without a command it says what is missing, not all that there is."""
+
+    def __init__(self, *args: Any, **attributes: Any) -> None:
+        super().__init__(*args, **{"no_args_is_help": False, **attributes})
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write(f"\nExamples:\n{self.epilog}\n")
@@ -176,7 +179,7 @@ SHARED = frozenset({"context", "data_dir", "run_dir", "json", "yes", "quiet", "n
 
 def file_option(function: F) -> F:
     """Add FILE, as an argument or as -f; the default is ./slum.toml."""
-    function = click.option("-f", "--file", "file_option", metavar="FILE", help="The same as FILE.")(function)
+    function = click.option("-f", "--file", "file_option", metavar="FILE", help="The same as FILE; - is standard input.")(function)
     return click.argument("file", required=False, type=click.Path())(function)
 
 

@@ -94,6 +94,12 @@ def show(asked: Invocation, made: Plan) -> None:
         asked.say(line)
 
 
+def nothing_to_do(asked: Invocation, made: Plan) -> None:
+    """Say so of a plan without actions, on a machine whose control plane need not be started for that."""
+    show(asked, made)
+    _emit(asked, made, made.revision_from, None, time.monotonic())
+
+
 def judge(asked: Invocation, outcome: Outcome, revision: int, wait_s: float) -> None:
     """Show the last words of what failed; raise Unhealthy or Conflict unless all has arrived."""
     if outcome.replaced:

@@ -25,6 +25,9 @@ def init(asked: Invocation, file: str | None, file_option: str | None, force: bo
 
     path = Path(file_of(file, file_option))
     text = files("slum.cli").joinpath("init.toml").read_text(encoding="utf-8")
+    if str(path) == "-":
+        click.echo(text, nl=False)
+        return
     try:
         with path.open("w" if force else "x", encoding="utf-8") as out:
             out.write(text)

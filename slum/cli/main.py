@@ -211,7 +211,7 @@ def _uninterrupted(args: Sequence[str]) -> int:
 
 
 def _usage_message(error: click.ClickException) -> str:
-    message = error.format_message().rstrip(".")
+    message = " ".join(error.format_message().split()).rstrip(".")
     return message[:1].lower() + message[1:]
 
 

@@ -74,11 +74,16 @@ def packed(asked: Invocation, loaded: Loaded) -> Iterator[Prepared]:
 
 def state_without(home: Home) -> api.State:
     """Return the state of a machine that never had a control plane; Unreachable when it had one, which is stopped."""
-    if (home.state / "CURRENT").exists():
+    if not never_had_one(home):
         raise Unreachable(
             f"the control plane of this machine is stopped (data {home.data})", hint="`slum up` starts it again"
         )
     return EMPTY
+
+
+def never_had_one(home: Home) -> bool:
+    """Tell whether this machine never had a control plane, not even one that is stopped now."""
+    return not (home.state / "CURRENT").exists()
 
 
 def ask_providers(asked: Invocation, client: Client, fleet: Fleet) -> None:

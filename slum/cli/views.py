@@ -227,9 +227,12 @@ def _cpu(view: api.InstanceView, now: float) -> str:
 def _remark(view: api.InstanceView) -> str:
     if view.stale_s is not None:
         return f"{view.report.phase} when last seen {seconds(view.stale_s)} ago"
-    if view.report.phase in (Phase.HEALTHY, Phase.RUNNING):
+    report = view.report
+    if report.phase in (Phase.HEALTHY, Phase.RUNNING):
         return ""
-    return clean(view.report.detail)
+    old = report.serving if report.serving_release not in (None, report.release) else None
+    serves = "" if old is None else f"generation {old} of the release before serves"
+    return "; ".join(part for part in (clean(report.detail), serves) if part)
 
 
 def _tenement_row(tenement: api.TenementView) -> tuple[str, ...]:

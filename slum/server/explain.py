@@ -46,7 +46,7 @@ def no_service(world: World, service: str) -> Missing:
     names = sorted({s.name for tenement in world.fleet.tenements for s in tenement.services})
     near = difflib.get_close_matches(service, names, n=1)
     if near:
-        return Missing(f"no service {service!r} in this fleet; did you mean {near[0]!r}?")
+        return Missing(f"no service {service!r} in this fleet; did you mean {near[0]!r}?", hint="`slum ps` lists them")
     return Missing(
         f"no service {service!r} in this fleet",
         hint=f"there are: {', '.join(names[:10])}" if names else "it declares none",
