@@ -137,7 +137,8 @@ class Site:
     def close(self) -> None:
         self.kill()
         self.ledger.kill()
-        shutil.rmtree(self.ledger.base, ignore_errors=True)
+        if not os.environ.get("SLUM_TEST_KEEP"):
+            shutil.rmtree(self.ledger.base, ignore_errors=True)
 
     def status(self) -> Status | None:
         return status.read(self.home)
@@ -150,14 +151,17 @@ class Site:
         return follow.standing(self.home.state)
 
     async def sent(self, seq: int | None = None, deadline_s: float = 30.0) -> Head:
-        """Return HEAD once it names *seq*, or all that the ledger has, at this process's claim."""
+        """Return HEAD once it and the process name *seq*, or all that the ledger has."""
         return await wait_for(lambda: self._sent(seq), deadline_s, lambda: self.log[-3000:])
 
     def _sent(self, seq: int | None) -> Head | None:
         head = self.head()
         at = self.standing()
         wanted = at.seq if seq is None else seq
-        return head if head is not None and head.generation == at.generation and head.seq >= wanted else None
+        said = self.status()
+        if head is None or said is None or head.generation != at.generation:
+            return None
+        return head if min(head.seq, said.seq) >= wanted else None
 
     async def write(self, *commands: AnyCommand) -> int:
         """Commit *commands* one after the other, and return the seq of the last."""

@@ -29,7 +29,7 @@ _LIMITS: Mapping[str, tuple[float, float]] = {
     "snapshot_hours": (1, 720),
     "alarm": (1, 86_400),
     "verify_hours": (0, 720),
-    "backlog_mb": (16, 1 << 20),
+    "backlog_mb": (1, 1 << 20),
 }
 
 
@@ -98,7 +98,7 @@ def load(home: Home) -> Settings | None:
 
 def made(url: str, **fields: object) -> Settings:
     """Return settings from the command line; ConfigError when they are not sound."""
-    settings = Settings(url=url, **{name: value for name, value in fields.items() if value})  # type: ignore[arg-type]  # checked by click
+    settings = Settings(url=url, **{name: value for name, value in fields.items() if value is not None})  # type: ignore[arg-type]  # checked by click
     _check(settings)
     return settings
 

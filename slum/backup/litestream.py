@@ -10,11 +10,11 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -29,7 +29,7 @@ from slum.backup.manifest import prefix_of
 from slum.errors import SlumError
 
 RESTORE_S = 3600.0
-STOP_S = 5.0
+STOP_S = 3.0
 TEXT_MAX = 600
 
 
@@ -140,8 +140,12 @@ class Child:
         try:
             self._process.wait(STOP_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            self.kill()
+
+    def kill(self) -> None:
+        """End it at once, which it survives as it does a power cut."""
+        self._process.kill()
+        self._process.wait()
 
 
 class _Control(http.client.HTTPConnection):
@@ -187,7 +191,7 @@ def restore(target: dict[str, Any], to: Path, *, txid: int | None = None, at: fl
             datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         ]
     try:
-        _run(target, ["restore", *words, "-o", str(to)])
+        _run(target, to.parent, ["restore", *words, "-o", str(to)])
     except LitestreamFailed:
         for left in (to, *to.parent.glob(f"{to.name}.tmp*"), *to.parent.glob(f"{to.name}-*")):
             left.unlink(missing_ok=True)
@@ -195,14 +199,14 @@ def restore(target: dict[str, Any], to: Path, *, txid: int | None = None, at: fl
     os.chmod(to, 0o600)
 
 
-def segments(target: dict[str, Any]) -> tuple[Segment, ...]:
-    """Return all that the store holds below the prefix."""
-    said = _run(target, ["ltx", "-level", "all", "-json"])
+def segments(target: dict[str, Any], folder: Path) -> tuple[Segment, ...]:
+    """Return all that the store holds below the prefix; *folder* is for a moment's use."""
+    said = _run(target, folder, ["ltx", "-level", "all", "-json"])
     return msgspec.json.decode(said or b"[]", type=tuple[Segment, ...])
 
 
-def _run(target: dict[str, Any], words: list[str]) -> bytes:
-    with _private_config(target) as file:
+def _run(target: dict[str, Any], folder: Path, words: list[str]) -> bytes:
+    with _private_config(target, folder) as file:
         command, *rest = words
         done = subprocess.run(
             [program(), command, "-config", str(file), "-no-expand-env", *rest, NAME],
@@ -224,11 +228,13 @@ NAME = "/mirror.db"
 
 
 @contextmanager
-def _private_config(target: dict[str, Any]) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="slum-backup-") as folder:
-        file = Path(folder) / "litestream.yml"
-        write_private(file, {"logging": {"level": "warn"}, "dbs": [{"path": NAME, "replica": target}]})
+def _private_config(target: dict[str, Any], folder: Path) -> Iterator[Path]:
+    file = folder / f"{secrets.token_hex(6)}.yml"
+    write_private(file, {"logging": {"level": "warn"}, "dbs": [{"path": NAME, "replica": target}]})
+    try:
         yield file
+    finally:
+        file.unlink()
 
 
 def write_private(file: Path, document: object) -> None:

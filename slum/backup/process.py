@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import os
 import secrets
+import shutil
 import signal
 import sqlite3
 import sys
@@ -27,7 +28,7 @@ from slum.backup.config import Keys, Settings, keys_of, load, secrets_file
 from slum.backup.litestream import LitestreamFailed
 from slum.backup.manifest import Verified
 from slum.backup.status import Status
-from slum.backup.store import Store, open_store
+from slum.backup.store import Store, StoreError, open_store
 from slum.errors import ConfigError, SlumError
 from slum.ledger import follow
 from slum.ledger.client import connect
@@ -76,6 +77,8 @@ class Backup:
 
     def run(self) -> None:
         lock = writer.locked(self._home, LOCK_S)
+        for left in self._home.backup.glob(f"{verify.PREFIX}*"):
+            shutil.rmtree(left, ignore_errors=True)
         try:
             with asyncio.Runner() as runner:
                 while not self._stopping.is_set():
@@ -127,6 +130,10 @@ class Backup:
             self._writer.verified = self._verified
             self._tell_verified(runner, self._verified)
             self._verified = None
+        if now < self._not_before:
+            more = self._writer.mirror()
+            self._watch_lag(runner)
+            return more
         more = self._writer.step()
         self._trouble, self._attempts = None, 0
         self._watch_lag(runner)
@@ -139,12 +146,9 @@ class Backup:
         self._trouble = error
         self._attempts += 1
         self._not_before = time.monotonic() + pause_s
-        # A store that is away costs nothing by being asked again; Litestream goes on by itself meanwhile.
-        if not isinstance(error, LitestreamFailed) or not self._child_runs():
+        # What concerns the store or Litestream is tried again with the claim in hand.
+        if not isinstance(error, LitestreamFailed | StoreError):
             self._close()
-
-    def _child_runs(self) -> bool:
-        return self._writer is not None and self._writer.runs
 
     def _close(self) -> None:
         if self._writer is not None:
@@ -161,6 +165,7 @@ class Backup:
             return
         self._close()
         self._settings = self._store = None
+        self._not_before = 0.0
         self._settings = load(self._home)
         if self._settings is not None:
             self._keys = keys_of(self._settings, os.environ, secrets_file(self._home))
@@ -182,11 +187,13 @@ class Backup:
 
     def _watch_lag(self, runner: asyncio.Runner) -> None:
         """Notice since when something waits; beyond the bound it is an alarm, and so is its end."""
-        settings = self._settings
+        now, there, settings = time.monotonic(), self._writer, self._settings
+        why = str(self._trouble) if self._trouble is not None else "it is slower than what is written"
+        if isinstance(self._trouble, ConfigError) and self._told_of != why:
+            # Nothing will get better by itself: said at once, and once.
+            self._told_of = why if self._tell(runner, "backup_refused", why) else ""
         if settings is None:
             return
-        now = time.monotonic()
-        there = self._writer
         if there is not None and self._trouble is None and there.seq >= there.ledger_seq:
             self._behind_since = 0.0
             if self._is_alarmed:
@@ -194,12 +201,8 @@ class Backup:
             return
         if self._behind_since == 0.0:
             self._behind_since = now
-        why = str(self._trouble) if self._trouble is not None else "it is slower than what is written"
-        if isinstance(self._trouble, ConfigError):
-            # Nothing will get better by itself: said at once, and once.
-            if self._told_of != why and self._tell(runner, "backup_refused", why):
-                self._told_of = why
-        elif not self._is_alarmed and now - self._behind_since > settings.alarm:
+        is_refused = isinstance(self._trouble, ConfigError)
+        if not is_refused and not self._is_alarmed and now - self._behind_since > settings.alarm:
             text = f"for {now - self._behind_since:.0f} s nothing committed has reached the store: {why}"
             self._is_alarmed = self._tell(runner, "backup_behind", text)
 
@@ -236,18 +239,18 @@ class Backup:
         self._verifying.start()
 
     def _verify(self, settings: Settings, store: Store) -> None:
-        self._verified = verify.verified(store, settings, self._keys)
+        self._verified = verify.verified(store, settings, self._keys, self._home.backup)
 
     # --- what is shown -----------------------------------------------------------------------------------------------
 
     def _say(self) -> None:
         now, there = time.monotonic(), self._writer
         state, why, hint = "running", "", ""
-        if self._settings is None or (there is None and self._trouble is None):
-            state, why = "waiting", "no [backup] in server.toml" if self._settings is None else "another member leads"
-        elif self._trouble is not None:
+        if self._trouble is not None:
             state = "refused" if isinstance(self._trouble, ConfigError) else "waiting"
             why, hint = str(self._trouble), self._trouble.hint
+        elif there is None:
+            state, why = "waiting", "no [backup] in server.toml" if self._settings is None else "another member leads"
         if self._is_alarmed and state != "refused":
             state = "behind"
         seq = there.seq if there is not None else -1

@@ -13,14 +13,19 @@ from slum.backup.manifest import Verified
 from slum.backup.store import Store
 from slum.errors import SlumError
 
+PREFIX = "slum-verify-"
 
-def verified(store: Store, settings: Settings, keys: Keys) -> Verified:
-    """Restore the newest point to a temporary folder, check all of it, and tell; never raises for a bad backup."""
+
+def verified(store: Store, settings: Settings, keys: Keys, folder: Path | None = None) -> Verified:
+    """Restore the newest point below *folder* (default: that of temporary files), check all of it, and tell.
+
+    Never raises for a bad backup. Nothing stays behind; what a killed one left begins with PREFIX.
+    """
     began = time.monotonic()
     seq = -1
     try:
-        with tempfile.TemporaryDirectory(prefix="slum-verify-") as folder:
-            seq = points.restored(store, settings, keys, Path(folder)).position.seq
+        with tempfile.TemporaryDirectory(prefix=PREFIX, dir=folder) as place:
+            seq = points.restored(store, settings, keys, Path(place)).position.seq
     except (SlumError, OSError, sqlite3.Error) as error:
         return Verified(
             at=time.time(),

@@ -32,7 +32,8 @@ from slum.ledger.schema import Position
 from slum.paths import Home
 
 MIRROR, MINE = "mirror.db", "claim.json"
-SYNC_S = 30.0
+SYNC_S = 10.0
+"""Litestream goes on by itself after it; only then is it known what there is."""
 SYNC_BYTES_S = 256 << 10
 """The slowest line that a first upload is waited for."""
 START_S = 20.0
@@ -78,11 +79,13 @@ class Writer:
         self._tidied_at = 0.0
         self._first: tuple[int, float] | None = None
         self.verified: Verified | None = None
-        self._control = control = home.private / "backup.sock"
-        target = litestream.replica(settings, keys, claim)
-        self._child = Child(
-            self._folder, control, litestream.configuration(settings, target, mirror.path, control), lock
+        self._control = home.private / "backup.sock"
+        self._document = litestream.configuration(
+            settings, litestream.replica(settings, keys, claim), mirror.path, self._control
         )
+        self._child = Child(self._folder, self._control, self._document, lock)
+        self._is_doubtful = False
+        """Litestream failed to send, and nobody knows whether that is its own trouble or the store's."""
 
     @property
     def child_pid(self) -> int:
@@ -107,25 +110,41 @@ class Writer:
 
     def start(self) -> None:
         """Wait until Litestream answers, and make HEAD ours."""
-        end = time.monotonic() + START_S
-        while not self._control.exists():
-            if not self._child.runs or time.monotonic() > end:
-                raise LitestreamFailed("litestream does not start", hint="its words are in the log of the backup")
-            time.sleep(0.01)
+        self._wait_for_child()
         self._read_head()
         self.step()
 
     def step(self) -> bool:
         """Mirror, send and name what is new; True when there is more at once. Raises what stands in the way."""
-        if not self._child.runs:
-            raise LitestreamFailed("litestream ended by itself", hint="its words are in the log of the backup")
-        applied = self._apply()
-        if self.backlog_bytes > self._settings.backlog_mb << 20:
-            raise Overfull(f"more than {self._settings.backlog_mb} MiB wait for the store")
+        applied = self.mirror()
+        if self._is_doubtful or not self._child.runs:
+            # Its own patience with a store grows to minutes; a new one begins at once, as soon as the store answers.
+            self._store.get(manifest.HEAD)
+            self._restart_child()
+            self._is_doubtful = False
         if self.seq < self._mirror.position.seq or self._has_more_to_say():
             self._send()
         self._tidy()
         return applied
+
+    def mirror(self) -> bool:
+        """Only mirror what is new; True when there is more at once. Overfull when too much waits for the store."""
+        applied = self._apply()
+        if self.backlog_bytes > self._settings.backlog_mb << 20:
+            raise Overfull(f"more than {self._settings.backlog_mb} MiB wait for the store")
+        return applied
+
+    def _restart_child(self) -> None:
+        self._child.kill()
+        self._child = Child(self._folder, self._control, self._document, self._lock)
+        self._wait_for_child()
+
+    def _wait_for_child(self) -> None:
+        end = time.monotonic() + START_S
+        while not self._control.exists():
+            if not self._child.runs or time.monotonic() > end:
+                raise LitestreamFailed("litestream does not start", hint="its words are in the log of the backup")
+            time.sleep(0.01)
 
     def close(self) -> None:
         self._child.stop()
@@ -163,7 +182,12 @@ class Writer:
             self._sent_blobs |= there
         at = self._mirror.position
         first_s = self._mirror.path.stat().st_size / SYNC_BYTES_S if self.seq < 0 else 0.0
-        synced = self._child.sync(SYNC_S + first_s)
+        # Alarms are looked at in between.
+        try:
+            synced = self._child.sync(first_s + max(2.0, min(SYNC_S, self._settings.alarm / 2)))
+        except LitestreamFailed:
+            self._is_doubtful = True
+            raise
         if synced.replicated_txid < synced.txid:
             raise LitestreamFailed(f"litestream sent transaction {synced.replicated_txid} of {synced.txid}")
         if self._may_hash():
