@@ -16,6 +16,7 @@ from slum.errors import ConfigError, Conflict, QuorumLost, SlumError, Unreachabl
 from slum.ledger import changes
 from slum.ledger.client import change_members
 from slum.ledger.commands import Member, Revoke, new_request_id
+from slum.ledger.status import DOWN
 from slum.server import trust
 from slum.server.memberwire import Change
 
@@ -63,6 +64,7 @@ async def cluster_view(control: Control) -> api.ClusterView:
                 followed=member.id == control.me or member.id in control.relay.up,
             )
             for member in status.members
+            if member.id in rows or member.role != DOWN  # one that left and is gone is nobody's business
         ),
         alarms=tuple(
             api.ClusterAlarm(kind=one.kind, member=one.member, why=one.why, hint=one.hint) for one in status.alarms
