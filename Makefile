@@ -2,10 +2,10 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help quickstart venv dev check test simulate cluster cluster-down bench clean
+.PHONY: help quickstart venv dev check test simulate simulate-mutations cluster cluster-down bench clean ssh-hosts ssh-hosts-down
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
 $(VENV)/.run: pyproject.toml slum/__init__.py scripts/install.sh
 	scripts/install.sh run $(VENV)
@@ -33,6 +33,9 @@ test: $(VENV)/.dev  ## all tests, against real parts
 simulate: $(VENV)/.dev  ## the ledger under a simulated network, disk and clock: N=schedules SEED=first
 	$(PY) -m tests.simulation --count $(or $(N),1000) --seed $(or $(SEED),1)
 
+simulate-mutations: $(VENV)/.dev  ## switch each protection of the ledger off, and see that the simulation notices: SEED=first
+	$(PY) -m tests.simulation.mutate --seed $(or $(SEED),1)
+
 cluster: $(VENV)/.dev  ## three members and two tenements in network namespaces (root); prints how to reach and break them
 	@$(PY) tests/cluster_site.py up
 
@@ -41,6 +44,12 @@ cluster-down: $(VENV)/.dev  ## end them
 
 bench: $(VENV)/.dev  ## all benchmarks, one after the other; figures to docs/benchmarks.md by hand
 	@for b in $(filter-out benchmarks/measure.py,$(wildcard benchmarks/*.py)); do echo "== $$b"; $(PY) $$b || exit 1; done
+
+ssh-hosts: $(VENV)/.dev  ## hosts with sshd in namespaces of this machine, N=5 of them, SYSTEMD=1 by systemd; prints a slum.toml
+	@$(PY) tests/ssh_hosts.py up $(or $(N),5) --systemd $(or $(SYSTEMD),0)
+
+ssh-hosts-down:  ## remove them
+	@$(PY) tests/ssh_hosts.py down
 
 clean:  ## remove what make made here; runs nothing down (`slum down --services` does)
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

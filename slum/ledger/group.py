@@ -24,6 +24,10 @@ from slum.errors import InvariantError, invariant
 from slum.ledger.journal import Journal
 
 VERSION = "0.3.17"
+BATCH_BYTES = 4 << 20
+"""Of one append_entries. Larger than any entry: one that is larger would be sent in parts, by a path that is wrong."""
+FOLLOWER = 0
+"""PySyncObj's state of a member that follows."""
 REGULAR = 0
 """PySyncObj's tag of a command that is applied; entries of other types never reach on_entry."""
 
@@ -122,6 +126,7 @@ _replace_parts()
 def check_engine() -> None:
     """Raise InvariantError unless this is exactly the PySyncObj that was examined, and our parts are in it."""
     invariant(ENGINE_VERSION == VERSION, f"PySyncObj {ENGINE_VERSION} is installed, the ledger needs exactly {VERSION}")
+    invariant(_engine._RAFT_STATE.FOLLOWER == FOLLOWER, "PySyncObj numbers its states otherwise")
     known = SyncObj.__init__.__globals__
     for name, ours in (
         ("pickle", _Codec),
@@ -136,6 +141,8 @@ def check_engine() -> None:
         (SyncObj.__init__, "_SyncObj__pipeNotifier"),
         (SyncObj._onTick, "monotonicTime"),
         (SyncObj._onTick, "_SyncObj__raftElectionDeadline"),
+        (SyncObj._onTick, "_SyncObj__setState"),
+        (SyncObj._onTick, "_SyncObj__raftLeader"),
         (SyncObj._SyncObj__generateRaftTimeout, "random"),
         (PipeNotifier.notify, "_PipeNotifier__pipeW"),
     ):
@@ -201,8 +208,7 @@ class Group(SyncObj):  # type: ignore[misc]  # PySyncObj has no types
                 useFork=False,
                 dynamicMembershipChange=False,
                 appendEntriesUseBatch=False,
-                # Larger than any entry: one that is larger would be sent in parts, by a path that is wrong.
-                appendEntriesBatchSizeBytes=4 << 20,
+                appendEntriesBatchSizeBytes=BATCH_BYTES,
                 logCompactionMinEntries=forever,
                 logCompactionMinTime=forever,
                 raftMinTimeout=timing.election_min_s,
@@ -219,10 +225,20 @@ class Group(SyncObj):  # type: ignore[misc]  # PySyncObj has no types
     def append(self, data: bytes) -> None:
         self._on_entry(data)
 
+    def offer(self, data: bytes, refused: Callable[[Any, int], None]) -> None:
+        """Append *data* at the next tick, if we lead then; *refused* hears a reason other than 0 when we do not."""
+        invariant(len(data) < BATCH_BYTES - 64, f"an entry of {len(data)} bytes would be sent in parts")
+        self.append(data, callback=refused)
+
     def tick(self, *, stand: bool = False) -> None:
         """Do what is due, and stand for election only when told to. Never waits."""
         self._SyncObj__raftElectionDeadline = 0.0 if stand else math.inf
         self.doTick(0.0)
+
+    def resign(self) -> None:
+        """Stop leading, as PySyncObj does when its followers are silent; the term stays."""
+        self._SyncObj__setState(FOLLOWER)
+        self._SyncObj__raftLeader = None
 
     @property
     def leads(self) -> bool:

@@ -165,6 +165,8 @@ class Member:
         Raises OSError or SlumError when the disk fails or an entry cannot be applied: the member is then dead.
         """
         self._watch.look()
+        if self._offers.is_ready:
+            self._offers.note(self._watch.news(self._world.now()))
         self._relays.tell()
         if self._offers.settled():
             self._note("no_longer_a_member", member=self._me.id)
@@ -179,15 +181,17 @@ class Member:
             self._peers.handle(got)
 
     def _tick(self) -> None:
+        # Its times would be wrong in everything that it stamps; another member can lead.
+        yields = self._watch.own_clock_is_wrong
         if self._has_company:
-            asked = None if self.sealed else self._epoch.asks()
+            asked = None if self.sealed or yields else self._epoch.asks()
             if asked is not None:
                 for peer in self._peers.up:
                     self._net.send(peer, asked)
             self._peers.tick(self.position.seq)
             self._follow()
             self._catch_up.tick()
-        self._epoch.tick()
+        self._epoch.tick(yields=yields)
 
     @property
     def _has_company(self) -> bool:

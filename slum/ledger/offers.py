@@ -7,14 +7,15 @@ is in reach. Decides when; what is applied and answered is the member's business
 
 from __future__ import annotations
 
-from typing import Protocol
+import contextlib
+from typing import Any, Protocol
 
 import msgspec
 
 from slum.errors import QuorumLost, SlumError
 from slum.ledger import disk
 from slum.ledger.changes import Changes
-from slum.ledger.commands import Entry, Header, LeaderStarted, Proposal, Seal
+from slum.ledger.commands import Entry, Header, LeaderStarted, NoteEvent, Proposal, Record, Seal, new_request_id
 from slum.ledger.commands import Member as MemberRow
 from slum.ledger.epoch import Epoch
 from slum.ledger.peers import Peers
@@ -137,6 +138,18 @@ class Offers:
         if batch:
             self.append(batch)
 
+    def note(self, events: tuple[NoteEvent, ...]) -> None:
+        """Queue a record of *events*, which this leader has seen itself; nobody waits for the answer."""
+        if not events:
+            return
+        seq = self._member.position.seq
+        request_id = new_request_id(f"{self._world.chance.getrandbits(128):032x}", seq)
+        actor = f"ledger@{self._member.epoch.me}"
+        made = Proposal(command=Record(events=events), request_id=request_id, actor=actor)
+        with contextlib.suppress(QuorumLost):
+            # A full queue: status() shows it all the same.
+            self._proposer.submit(made, lambda _: None, seq=seq)
+
     def append(self, proposals: tuple[Proposal, ...]) -> None:
         """Give *proposals*, as one entry, to the group."""
         at, group = self._member.position, self._member.epoch.group
@@ -147,7 +160,7 @@ class Offers:
             member=self._member.epoch.me,
             at=self._world.now(),
         )
-        group.append(_encode(Entry(header=header, proposals=proposals)), callback=self._fate)
+        group.offer(_encode(Entry(header=header, proposals=proposals)), self._fate)
 
     def _due_seal(self) -> Seal | None:
         epoch, at = self._member.epoch, self._member.position
@@ -176,7 +189,7 @@ class Offers:
     def _propose_own(self, command: LeaderStarted | Seal) -> None:
         self.append((Proposal(command=command, request_id="", actor=f"ledger@{self._member.epoch.me}"),))
 
-    def _fate(self, _result: None, failure: int) -> None:
+    def _fate(self, _result: Any, failure: int) -> None:
         """PySyncObj's word on an append. Answers come from apply; this only notices what it would not take."""
         if failure:
             self._proposer.put_back()

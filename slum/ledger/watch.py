@@ -5,11 +5,11 @@ Looks, notes what changed in the log, and keeps what status() shows as alarms. A
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 from slum.ledger import clocks, disk
 from slum.ledger.beginning import Note
+from slum.ledger.commands import NoteEvent
 from slum.ledger.peers import Peers
 from slum.ledger.status import Alarm
 
@@ -27,11 +27,7 @@ class Watch:
         self._next_clocks = 0.0
         self._wrong: dict[str, float] = {}
         self._differ: dict[str, float] = {}
-
-    @property
-    def wrong_clocks(self) -> dict[str, float]:
-        """Whose clock is far from the median of all, and by how many seconds."""
-        return self._wrong
+        self._told: frozenset[str] = frozenset()
 
     @property
     def own_clock_is_wrong(self) -> bool:
@@ -39,7 +35,7 @@ class Watch:
 
     def look(self) -> None:
         """Look at what is due."""
-        for event in self._guard.check(time.monotonic()):
+        for event in self._guard.check(self._clock()):
             self._note(event, free_bytes=self._guard.free_bytes)
         now = self._clock()
         if now >= self._next_clocks:
@@ -55,6 +51,15 @@ class Watch:
                 if name not in was:
                     self._note(event, member=name, seconds=round(off_s, 1))
 
+    def news(self, at: float) -> tuple[NoteEvent, ...]:
+        """Return what the leader should record for all to see, once each."""
+        fresh = sorted(self._wrong.keys() - self._told)
+        self._told = frozenset(self._wrong)
+        return tuple(
+            NoteEvent(kind="clock_wrong", subject=f"member:{name}", at=at, why=_off(self._wrong[name]))
+            for name in fresh
+        )
+
     def alarms(self, leader: str | None) -> tuple[Alarm, ...]:
         """Return what is wrong with this member, or as it sees it; *leader* is who leads."""
         found = []
@@ -67,9 +72,12 @@ class Watch:
                 Alarm(kind="disk_low", member=self._me, why=why, hint=f"free space under {self._guard.folder}")
             )
         for name, off_s in self._wrong.items():
-            why = f"its clock is {abs(off_s):.0f} s {'ahead of' if off_s > 0 else 'behind'} the others'"
-            found.append(Alarm(kind="clock_wrong", member=name, why=why, hint=CLOCK_HINT))
+            found.append(Alarm(kind="clock_wrong", member=name, why=_off(off_s), hint=CLOCK_HINT))
         for name, off_s in self._differ.items():
             why = f"its clock and ours are {abs(off_s):.0f} s apart"
             found.append(Alarm(kind="clocks_differ", member=name, why=why, hint=CLOCK_HINT))
         return tuple(found)
+
+
+def _off(seconds: float) -> str:
+    return f"its clock is {abs(seconds):.0f} s {'ahead of' if seconds > 0 else 'behind'} the others'"

@@ -1,4 +1,7 @@
-"""`python -m tests.simulation --count N --seed S [--members 3|5] [--trace]`: run N schedules from seed S on."""
+"""`python -m tests.simulation --count N --seed S [--members 3|5] [--trace]`: run N schedules from seed S on.
+
+With `--without NAME` a protection is switched off (mutations.py) and schedules run until that is noticed: status 1 if it never is.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ if os.environ.get("PYTHONHASHSEED") != "0":
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from simulation.mutations import ALL, Mutation
 from simulation.schedule import run_one
 
 
@@ -29,26 +33,53 @@ def main() -> int:
     parser.add_argument("--members", type=int, default=0, help="3 or 5; else one in four schedules has 5")
     parser.add_argument("--troubles", type=int, default=12)
     parser.add_argument("--trace", action="store_true")
+    parser.add_argument("--without", choices=[mutation.name for mutation in ALL], help="switch a protection off")
     given = parser.parse_args()
-    began, failed = time.monotonic(), 0
+    without = next((mutation for mutation in ALL if mutation.name == given.without), None)
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(prefix="sim", dir=memory if memory.is_dir() else None) as folder:
-        for seed in range(given.seed, given.seed + given.count):
-            members = given.members or (5 if seed % 4 == 0 else 3)
-            try:
-                line = run_one(Path(folder), seed, members=members, troubles=given.troubles, trace=given.trace)
-            except BaseException as error:
-                if isinstance(error, KeyboardInterrupt):
-                    raise
-                failed += 1
-                traceback.print_exc(limit=None if given.trace else -6)
-                print(f"seed {seed} FAILED: {type(error).__name__}: {error}", flush=True)
-            else:
-                if given.trace or given.count < 5:
-                    print(f"seed {seed}: {line}")
+        if without is not None:
+            return _until_noticed(Path(folder), without, given.seed, given.troubles)
+        return _run(Path(folder), given)
+
+
+def _run(folder: Path, given: argparse.Namespace) -> int:
+    began, failed = time.monotonic(), 0
+    for seed in range(given.seed, given.seed + given.count):
+        members = given.members or _members(seed)
+        try:
+            line = run_one(folder, seed, members=members, troubles=given.troubles, trace=given.trace)
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            failed += 1
+            traceback.print_exc(limit=None if given.trace else -6)
+            print(f"seed {seed} FAILED: {type(error).__name__}: {error}", flush=True)
+        else:
+            if given.trace or given.count < 5:
+                print(f"seed {seed}: {line}")
     took = time.monotonic() - began
     print(f"{given.count} schedules from seed {given.seed}: {failed} failed, {took:.1f} s")
     return 1 if failed else 0
+
+
+def _until_noticed(folder: Path, without: Mutation, first: int, troubles: int) -> int:
+    without.switch_off()
+    for number in range(without.schedules):
+        seed = first + number
+        try:
+            run_one(folder, seed, members=without.members or _members(seed), troubles=troubles)
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            print(f"{without.name}: noticed in schedule {number + 1} (seed {seed}): {type(error).__name__}: {error}")
+            return 0
+    print(f"{without.name}: NOT NOTICED in {without.schedules} schedules from seed {first}: {without.protection}")
+    return 1
+
+
+def _members(seed: int) -> int:
+    return 5 if seed % 4 == 0 else 3
 
 
 if __name__ == "__main__":

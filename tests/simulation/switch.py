@@ -1,7 +1,12 @@
-"""A simulated network: connections between members that keep order, take time, break, stall, and come back."""
+"""A simulated network: connections between members that keep order, take time, break, stall, and come back.
+
+With *strays*, it also delivers some frames twice, the second time late, out of order, and even on the next connection: more than
+TCP ever does, because what the members promise must not hang on it.
+"""
 
 from __future__ import annotations
 
+import heapq
 import random
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
@@ -9,10 +14,14 @@ from dataclasses import dataclass, field
 
 from slum.ledger.commands import Member
 from slum.ledger.net import Down, Event, Got, Up
-from slum.ledger.peerwire import Hello, Message, Splitter, pack, unpack
+from slum.ledger.peerwire import Append, AskVote, Hello, Message, NextIndex, Splitter, Vote, pack, unpack
 
 IDLE_S = 1.2
 REDIAL_S = 0.15
+LOOK_S = 0.05
+STRAYS = (Append, NextIndex, AskVote, Vote)
+STRAY_S = (0.01, 0.1, 0.5, 2.0)
+NEVER = float("inf")
 
 
 class Clock:
@@ -39,6 +48,10 @@ class Direction:
     blocked: bool = False
     heard_at: float = 0.0
 
+    @property
+    def next_at(self) -> float:
+        return self.queue[0][0] if self.queue and not self.blocked else NEVER
+
 
 @dataclass
 class Pair:
@@ -50,18 +63,23 @@ class Pair:
 
 
 class Switch:
-    def __init__(self, clock: Clock, chance: random.Random, delay_s: float) -> None:
+    def __init__(self, clock: Clock, chance: random.Random, delay_s: float, *, strays: float = 0.0) -> None:
         self.clock = clock
         self.chance = chance
         self.delay_s = delay_s
+        self.strays = strays
         self.nets: dict[str, SimNet] = {}
         self.pairs: dict[tuple[str, str], Pair] = {}
+        self.look_at = 0.0
+        """When connections are looked at again."""
+        self._count = 0
 
     def pair(self, a: str, b: str) -> Pair:
         key = (a, b) if a < b else (b, a)
-        if key not in self.pairs:
-            self.pairs[key] = Pair()
-        return self.pairs[key]
+        found = self.pairs.get(key)
+        if found is None:
+            found = self.pairs[key] = Pair()
+        return found
 
     def send(self, source: str, to: str, message: Message) -> None:
         pair = self.pair(source, to)
@@ -69,41 +87,51 @@ class Switch:
             return
         way = pair.ways[to]
         way.last_at = max(way.last_at, self.clock.at + self.delay_s * (0.2 + self.chance.random()))
-        way.queue.append((way.last_at, pack(message)))
+        frame = pack(message)
+        way.queue.append((way.last_at, frame))
+        net = self.nets[to]
+        if not way.blocked:
+            net.arrival = min(net.arrival, way.queue[0][0])
+        if self.strays and isinstance(message, STRAYS) and self.chance.random() < self.strays:
+            at = way.last_at + self.chance.choice(STRAY_S) * self.chance.random()
+            self._count += 1
+            heapq.heappush(net.strays, (at, self._count, source, frame))
+            net.arrival = min(net.arrival, at)
 
     def due(self, to: str) -> list[Event]:
         """Return what arrives at *to* now."""
         found: list[Event] = []
-        for (a, b), pair in sorted(self.pairs.items()):
-            if to not in (a, b) or not pair.connected:
+        now, arrival, net = self.clock.at, NEVER, self.nets[to]
+        for (a, b), pair in self.pairs.items():
+            if not pair.connected or to not in (a, b):
                 continue
-            source = b if to == a else a
             way = pair.ways[to]
-            while way.queue and way.queue[0][0] <= self.clock.at and not way.blocked:
-                _, frame = way.queue.popleft()
-                splitter = Splitter(1 << 30)
-                splitter.feed(frame)
-                body = splitter.take()
-                assert body is not None
-                way.heard_at = self.clock.at
-                found.append(Got(source, unpack(body)))
+            while way.next_at <= now:
+                found.append(Got(b if to == a else a, opened(way.queue.popleft()[1])))
+                way.heard_at = now
+            arrival = min(arrival, way.next_at)
+        while net.strays and net.strays[0][0] <= now:
+            _, _, source, frame = heapq.heappop(net.strays)
+            found.append(Got(source, opened(frame)))
+        net.arrival = min(arrival, net.strays[0][0]) if net.strays else arrival
         return found
 
-    def next_at(self, to: str) -> float:
-        """When the next message arrives at *to*."""
-        return min(
-            (
-                pair.ways[to].queue[0][0]
-                for (a, b), pair in self.pairs.items()
-                if to in (a, b) and pair.connected and pair.ways[to].queue and not pair.ways[to].blocked
-            ),
-            default=float("inf"),
-        )
+    def recount(self) -> None:
+        """Connections or blocks have changed: when does what arrive?"""
+        for name, net in self.nets.items():
+            ways = (pair.ways[name] for key, pair in self.pairs.items() if name in key and pair.connected)
+            first = net.strays[0][0] if net.strays else NEVER
+            net.arrival = min((way.next_at for way in ways), default=NEVER)
+            net.arrival = min(net.arrival, first)
 
     def keep(self) -> None:
         """Break what is silent or cut, connect what can be."""
         now = self.clock.at
-        for (a, b), pair in sorted(self.pairs.items()):
+        if now < self.look_at:
+            return
+        self.look_at = now + LOOK_S
+        for a, b in sorted(self.pairs):
+            pair = self.pairs[a, b]
             if pair.connected:
                 silent = any(
                     now - pair.ways[name].heard_at > IDLE_S and name in self.nets and not self.nets[name].paused
@@ -140,9 +168,13 @@ class SimNet:
         self.name = name
         self.members: dict[str, Member] = {}
         self.events: list[Event] = []
+        self.arrival = NEVER
+        """When the next frame arrives."""
+        self.strays: list[tuple[float, int, str, bytes]] = []
         self.paused = False
         self._hello: Callable[[], Hello] | None = None
         switch.nets[name] = self
+        switch.look_at = 0.0
 
     def hello(self) -> Hello:
         assert self._hello is not None
@@ -151,6 +183,7 @@ class SimNet:
     def set_members(self, members: Sequence[Member], hello: Callable[[], Hello], dial: Collection[str]) -> None:
         self.members = {member.id: member for member in members}
         self._hello = hello
+        self.switch.look_at = 0.0
         for name in list(self.switch.nets):
             if name != self.name:
                 self.switch.pair(self.name, name)
@@ -165,7 +198,16 @@ class SimNet:
 
     def receive(self, wait_s: float) -> list[Event]:
         events, self.events = self.events, []
-        return events + self.switch.due(self.name)
+        return events + self.switch.due(self.name) if self.arrival <= self.switch.clock.at else events
 
     def close(self) -> None:
         self.switch.nets.pop(self.name, None)
+
+
+def opened(frame: bytes) -> Message:
+    """Return the message in *frame*, by the same way that bytes of a real connection take."""
+    splitter = Splitter(1 << 30)
+    splitter.feed(frame)
+    body = splitter.take()
+    assert body is not None
+    return unpack(body)

@@ -1,0 +1,167 @@
+"""Protections that can be switched off in a simulation, and within how many schedules it must be noticed.
+
+A simulation that stays green without a protection proves nothing about it. Each is switched off by replacing one function of the
+real code, in a process of its own: `python -m tests.simulation --without NAME`; `make simulate-mutations` tries all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from slum.ledger import journal, overlap, state, transport
+from slum.ledger.election import Election
+from slum.ledger.member import Member
+from slum.ledger.overlap import Fitted
+from slum.ledger.peerwire import Append, AskPreVote, NextIndex, Vote
+from slum.ledger.transport import Wire
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    name: str
+    protection: str
+    switch_off: Callable[[], None]
+    schedules: int
+    """Within so many it must be noticed."""
+    members: int = 0
+    """Of each schedule; 0 for the usual mixture."""
+
+
+def _replace(owner: Any, name: str, new: Any) -> None:
+    assert hasattr(owner, name), f"{owner} has no {name} any more"
+    setattr(owner, name, new)
+
+
+def _unclamped() -> None:
+    fit = overlap.fit
+
+    def fitted(message: Append, log: overlap.Log, committed: int) -> Fitted:
+        found = fit(message, log, committed)
+        return Fitted(msgspec.structs.replace(found.message, commit=message.commit), found.next, found.matches)
+
+    _replace(transport, "fit", fitted)
+
+
+def _own_end() -> None:
+    fit = overlap.fit
+
+    def fitted(message: Append, log: overlap.Log, committed: int) -> Fitted:
+        found = fit(message, log, committed)
+        given = found.message
+        return Fitted(given, given.prev_index + len(given.entries) + 1 if found.matches else found.next, found.matches)
+
+    _replace(transport, "fit", fitted)
+
+
+def _unsynced_alone() -> None:
+    step = Member.step
+
+    def unsynced(self: Member, wait_s: float) -> None:
+        log = self.epoch.journal
+        if self.epoch.wire is None:
+            # One tick late: after what it made durable was counted, applied and answered.
+            log.sync()
+            log.sync = lambda: None  # type: ignore[method-assign]
+        try:
+            step(self, wait_s)
+        finally:
+            log.__dict__.pop("sync", None)
+
+    _replace(Member, "step", unsynced)
+
+
+def _unsynced_send() -> None:
+    class Lazy:
+        """A journal whose sync() does nothing, for whoever sends."""
+
+        def __init__(self, real: journal.Journal) -> None:
+            self._real = real
+
+        def sync(self) -> None:
+            pass
+
+        def __len__(self) -> int:
+            return len(self._real)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._real, name)
+
+    make = Wire.__init__
+
+    def made(self: Wire, **how: Any) -> None:
+        make(self, **{**how, "journal": Lazy(how["journal"])})
+
+    _replace(Wire, "__init__", made)
+
+
+def _votes_without_a_name() -> None:
+    def take(self: Wire, peer: str, message: Vote) -> None:
+        if message.term == self.group.term:
+            self._onMessageReceived(self._nodes[peer], {"type": "response_vote", "term": message.term})
+
+    _replace(Wire, "_take_vote", take)
+
+
+def _votes_of_any_term() -> None:
+    def take(self: Wire, peer: str, message: Vote) -> None:
+        self._onMessageReceived(self._nodes[peer], {"type": "response_vote", "term": self.group.term})
+
+    _replace(Wire, "_take_vote", take)
+
+
+def _answers_of_any_term() -> None:
+    take = Wire.take
+
+    def taken(self: Wire, peer: str, message: Any) -> None:
+        if isinstance(message, NextIndex):
+            message = msgspec.structs.replace(message, term=self.group.term)
+        take(self, peer, message)
+
+    _replace(Wire, "take", taken)
+
+
+def _stale_headers() -> None:
+    _replace(state, "is_stale", lambda entry, position: False)
+
+
+def _overlap_cut() -> None:
+    fit = overlap.fit
+
+    def fitted(message: Append, log: overlap.Log, committed: int) -> Fitted:
+        found = fit(message, log, committed)
+        if not found.matches:
+            return found
+        return Fitted(msgspec.structs.replace(message, commit=found.message.commit), found.next, matches=True)
+
+    _replace(transport, "fit", fitted)
+
+
+def _no_pre_vote() -> None:
+    tick = Election.tick
+
+    def stands(self: Election, *how: Any, **more: Any) -> AskPreVote | None:
+        asked = tick(self, *how, **more)
+        if asked is not None:
+            self._granted = None
+            self.must_stand = True
+        return None
+
+    _replace(Election, "tick", stands)
+
+
+ALL = (
+    Mutation("commit-clamp", "commit only what the message covers", _unclamped, 600),
+    Mutation("own-end", "acknowledge only what the message covers, not the log's own end", _own_end, 300),
+    Mutation("sync-alone", "sync before a group of one counts its own entries", _unsynced_alone, 300),
+    Mutation("sync-before-send", "sync before any message leaves", _unsynced_send, 100),
+    Mutation("one-vote", "one vote a peer a term", _votes_without_a_name, 300, members=5),
+    Mutation("vote-term", "votes count in their own term only", _votes_of_any_term, 300),
+    Mutation("answer-term", "answers to appends count in their own term only", _answers_of_any_term, 600),
+    Mutation("stale-headers", "headers of an older leader take no effect", _stale_headers, 100),
+    Mutation("overlap", "what is held is not cut and added again", _overlap_cut, 100),
+    Mutation("pre-vote", "ask before standing for election", _no_pre_vote, 100),
+)
