@@ -35,6 +35,8 @@ class Oneoffs:
     ) -> int | None:
         """Run *spawn* to its end and return its exit status (None: nobody saw it); one of that name is joined.
 
+        A build or pre_deploy that ended while there was no agent is not run again: its status is taken.
+
         *spawned* is called once it runs and has its own copies of *stdio*.
 
         Cancelling kills it when it is a run or exec. SlumError when it cannot be started, Unreachable when the keeper is
@@ -46,6 +48,9 @@ class Oneoffs:
         ended: asyncio.Future[int | None] = asyncio.get_running_loop().create_future()
         self._waiting[spawn.name] = ended
         try:
+            if not spawn.name.startswith(RUN) and (status := await _how_it_ended(keeper, spawn.name)) is not None:
+                ended.set_result(status)
+                return status
             try:
                 await keeper.spawn(spawn, stdio)
             except KeeperError as error:
@@ -124,3 +129,9 @@ class Oneoffs:
         except SlumError as error:
             if not isinstance(error, KeeperError) or error.kind not in ("missing", "invalid"):
                 log.get().warning("oneoff_not_cleared", name=name, why=str(error))
+
+
+async def _how_it_ended(keeper: KeeperClient, name: str) -> int | None:
+    """Return the status of a child that has ended and that nobody has forgotten yet; None when there is none, or none known."""
+    children = await keeper.list_children()
+    return next((child.status for child in children if child.name == name and not child.running), None)

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import io
 import os
+import signal
 import tarfile
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -284,6 +285,38 @@ async def test_a_kill_of_the_agent_amid_a_build_does_not_build_twice(here: Site)
     await here.kill_agent()
     await here.healthy()
     assert log.read_text().count("begun") == 1
+
+
+async def test_what_ended_while_there_was_no_agent_is_not_done_again(here: Site) -> None:
+    digest, data = bundle(hello="x")
+    here.member.blobs[digest] = data
+    here.push(
+        worker(
+            "web",
+            bundle=digest,
+            build="echo begun; until test -e go; do sleep 0.01; done",
+            pre_deploy="echo migrated; until test -e $HOME/go; do sleep 0.01; done",
+        )
+    )
+    log = here.home.instance_log("web", "main")
+    for word, name, go in (
+        ("begun", "b/", lambda: next((here.home.bundles / "web").glob("*-*")) / "go"),
+        ("migrated", "x/pre-", lambda: here.home.services / "web" / "main" / "go"),
+    ):
+        await until(lambda word=word: log.exists() and word in log.read_text())
+        agent = (await here.children())["agent"]
+        os.kill(agent.pid, signal.SIGSTOP)
+        go().touch()
+
+        async def ended(name: str = name) -> bool:
+            return any(n.startswith(name) and not child.running for n, child in (await here.children()).items())
+
+        async with asyncio.timeout(20):
+            while not await ended():  # noqa: ASYNC110 - another process does it
+                await asyncio.sleep(0.02)
+        os.kill(agent.pid, signal.SIGKILL)
+    await here.healthy()
+    assert (log.read_text().count("begun"), log.read_text().count("migrated")) == (1, 1)
 
 
 async def test_logs_are_read_and_followed_until_the_reader_leaves(here: Site) -> None:
