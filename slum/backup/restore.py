@@ -25,6 +25,7 @@ from slum.errors import ConfigError
 from slum.frozen import Frozen
 from slum.ledger import folder, journal
 from slum.ledger.commands import Member
+from slum.ledger.events import EventWriter
 from slum.ledger.schema import EpochRow, Position
 from slum.ledger.state import State
 from slum.ledger.world import Config
@@ -36,6 +37,8 @@ OURS = frozenset(
 """What may lie in a data folder that has lost its control plane: services there live on."""
 
 CONFIG = Config()
+Sealed = tuple[bytes, str]
+"""(the authority's key in its box, whom it is sealed to beside the recovery key)"""
 
 
 class Restored(Frozen):
@@ -110,9 +113,19 @@ def restore(
         path = work.state / folder.FIRST_STATE
         mirror.strip(point.path)
         point.path.rename(path)
-        authority = _authority(work, path, recovery_key)
+        authority, sealed = _authority(work, path, recovery_key)
         was = point.position
-        fresh = _begin(work.state, path, point, _row(work, name), actor=actor, now=now, url=settings.url, config=config)
+        fresh = _begin(
+            work.state,
+            path,
+            point,
+            _row(work, name),
+            actor=actor,
+            now=now,
+            url=settings.url,
+            config=config,
+            sealed=sealed,
+        )
         tell("fetching bundles")
         missing = bundles.bring(store, work.blobs, _blobs_of(path))
         folder.move_current(work.state, path.name)
@@ -163,12 +176,20 @@ def _begin(
     now: float,
     url: str,
     config: Config,
+    sealed: Sealed | None,
 ) -> Position:
     generation = max(point.position.generation + 1, point.head.generation + 1, int(now * 1000))
 
     def make_journal(epoch: EpochRow) -> None:
         identity = folder.journal_id(point.position.cluster_id, epoch)
         journal.create(folder.journal_path(state_folder, epoch), identity, config.epoch_bytes).close()
+
+    def seal(db: sqlite3.Connection, events: EventWriter) -> None:
+        if sealed is not None:
+            db.execute("UPDATE authority SET box = ?, recipients = ?", sealed)
+            events.add(
+                "authority_sealed", "cluster:authority", actor=actor, why="restore", after={"sealed_to": [sealed[1]]}
+            )
 
     state = State.open(path)
     try:
@@ -180,6 +201,7 @@ def _begin(
             make=make_journal,
             members=(row,),
             paused=f"restored sequence {point.position.seq} from {url}",
+            also=seal,
         )
     finally:
         state.close()
@@ -195,24 +217,24 @@ def _row(work: Home, name: str) -> Member:
     return Member(id=name, incarnation=uuid.uuid4().hex[:16], recipient=recipient)
 
 
-def _authority(work: Home, path: Path, recovery_key: str | None) -> str:
-    """Seal the authority's key, if there is one, to the new member; the recovery key opens what was sealed to the old."""
-    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+def _authority(work: Home, path: Path, recovery_key: str | None) -> tuple[str, Sealed | None]:
+    """Return how it stands with the authority, and its key sealed to the new member if the recovery key opens it."""
+    with closing(sqlite3.connect(path)) as db:
         rows = db.execute("SELECT certificate, box, recovery FROM authority").fetchall()
-        if not rows:
-            if recovery_key is not None:
-                raise ConfigError("the backup holds no authority to open", hint="leave --recovery-key-file away")
-            return "none"
-        if recovery_key is None:
-            return "sealed"
-        from slum.pki import authority
-        from slum.server import trust
+    if not rows:
+        if recovery_key is not None:
+            raise ConfigError("the backup holds no authority to open", hint="leave --recovery-key-file away")
+        return "none", None
+    if recovery_key is None:
+        return "sealed", None
+    from slum.pki import authority
+    from slum.server import trust
 
-        ((certificate, box, recovery),) = rows
-        sealed = authority.reseal(box, recovery_key, {recovery, trust.own_recipient(work)})
-        db.execute("UPDATE authority SET box = ?", (sealed,))
+    ((certificate, box, recovery),) = rows
+    own = trust.own_recipient(work)
+    sealed = authority.reseal(box, recovery_key, {recovery, own})
     trust.write(work.authority_certificate, certificate.encode())
-    return "opened"
+    return "opened", (sealed, own)
 
 
 def _blobs_of(path: Path) -> set[str]:

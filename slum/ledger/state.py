@@ -165,10 +165,12 @@ class State:
         make: Callable[[EpochRow], None],
         members: tuple[Member, ...] | None = None,
         paused: str = "",
+        also: Callable[[sqlite3.Connection, EventWriter], None] | None = None,
     ) -> Position:
         """Leave the old log behind and begin epoch 1 of *generation*; *make* makes its journal inside the transaction.
 
-        With *members* these are its members from now on. *paused* is why nothing shall be done to machines for now.
+        With *members* these are its members from now on. *paused* is why nothing shall be done to machines for now. *also*
+        changes more rows in the same transaction, and says so in events.
         """
         was = self.position
         self._db.execute("BEGIN IMMEDIATE")
@@ -182,6 +184,8 @@ class State:
         )
         if paused:
             events.add(PAUSED, RECONCILE, actor=actor, why=paused)
+        if also is not None:
+            also(self._db, events)
         chain = hashlib.sha256(f"{was.chain}/{generation}/{lineage}".encode()).hexdigest()
         position = msgspec.structs.replace(
             was,
