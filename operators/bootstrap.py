@@ -8,7 +8,6 @@ goes by stdin and stands in no argument, message or log.
 from __future__ import annotations
 
 import asyncio
-import difflib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ NEED_MB = 400
 JOIN_S, PACKAGES_S = 150.0, 180.0
 LOCK_S = 60.0
 LOG_BYTES_MAX = 1 << 20
+AGENT_FILES = ("identity.json", "home.json", "node.key", "node.crt", "ca.crt")
 
 Tell = Callable[[str, str], None]
 """Called with a step's name and how it goes ("", or what it says when it is done)."""
@@ -66,15 +66,11 @@ class Facts(Frozen):
 
 
 class Upload(Frozen):
-    wheel: Wheel
+    wheels: tuple[Wheel, ...]
 
     @property
     def title(self) -> str:
-        return f"upload {self.wheel.name}"
-
-    @property
-    def path(self) -> str:
-        return f"{OPT}/wheels/{self.wheel.sha256}/{self.wheel.name}"
+        return f"upload {len(self.wheels)} files, {sum(wheel.size for wheel in self.wheels) / 1e6:.1f} MB"
 
 
 class Packages(Frozen):
@@ -117,7 +113,8 @@ def steps(facts: Facts, house: Wheelhouse, spec: MachineSpec | None) -> tuple[St
     """Return what is left to do, in order, until *house* is installed and, with *spec*, the machine has joined home."""
     left: list[Step] = []
     if house.name not in facts.installed:
-        left += [Upload(wheel=wheel) for wheel in house.wheels if wheel.sha256 not in facts.wheels]
+        missing = tuple(wheel for wheel in house.wheels if wheel.sha256 not in facts.wheels)
+        left += [Upload(wheels=missing)] if missing else []
         left.append(Install(house=house))
     if facts.missing and facts.apt:
         left.insert(0, Packages(names=facts.missing))
@@ -128,36 +125,37 @@ def steps(facts: Facts, house: Wheelhouse, spec: MachineSpec | None) -> tuple[St
     return tuple(left)
 
 
-def files_of(step: Step, facts: Facts, unit: str = "") -> tuple[str, ...]:
-    """Return what *step* does to the host's files, as lines of a diff; *unit* is the systemd unit as it shall be."""
+def path_of(wheel: Wheel) -> str:
+    """Return where *wheel* lies on a host."""
+    return f"{OPT}/wheels/{wheel.sha256}/{wheel.name}"
+
+
+def files_of(step: Step, facts: Facts) -> tuple[str, ...]:
+    """Return what *step* does to the host's files, as lines of a diff."""
     match step:
         case Upload():
-            return (f"+ {step.path}  {step.wheel.size / 1e6:.1f} MB",)
+            return tuple(f"+ {path_of(wheel)}  {wheel.size / 1e6:.1f} MB" for wheel in step.wheels)
         case Packages():
             return tuple(f"+ Debian package {name}" for name in step.names)
         case Install():
             return (f"+ {OPT}/{step.house.name}/  {len(step.house.wheels)} packages",)
         case JoinHome():
-            lines = [f"+ /var/lib/slum/agent/{name}" for name in ("identity.json", "home.json", "node.key", "node.crt")]
-            lines += ["+ /var/lib/slum/agent/ca.crt", "+ /var/lib/slum/boot.json"]
-            if facts.systemd and unit != facts.unit:
-                path = "/etc/systemd/system/slum.service"
-                old, new = facts.unit.splitlines(), unit.splitlines()
-                lines += difflib.unified_diff(old, new, path if old else "/dev/null", path, lineterm="", n=1)
-            return tuple(lines)
+            unit = ("/etc/systemd/system/slum.service",) if facts.systemd else ()
+            agent = (f"/var/lib/slum/agent/{name}" for name in AGENT_FILES)
+            return tuple(f"+ {path}" for path in (*agent, "/var/lib/slum/boot.json", *unit))
 
 
-def check(facts: Facts, house: Wheelhouse | None = None) -> None:
+def check(where: str, facts: Facts, house: Wheelhouse | None = None) -> None:
     """Raise OperatorError when this host cannot hold slum, before anything is changed on it."""
     if facts.read_only:
         raise OperatorError(
-            f"{' and '.join(facts.read_only)} cannot be written: its file system is read-only",
+            f"{where}: {' and '.join(facts.read_only)} cannot be written: its file system is read-only",
             hint="mount it read-write; slum needs /opt/slum, /var/lib/slum and /run",
             provider_code="read_only",
         )
     if (house is None or house.name not in facts.installed) and facts.free_mb < NEED_MB:
         raise OperatorError(
-            f"{facts.free_mb} MB are free, and slum needs {NEED_MB}",
+            f"{where}: {facts.free_mb} MB are free, and slum needs {NEED_MB}",
             hint="make room below /opt and /var/lib, then do it again",
             provider_code="disk_full",
         )
@@ -213,9 +211,9 @@ async def bring_up(
     if spec is not None and facts.is_machine(spec.cluster, spec.key):
         diary.note("done", "it is the machine already")
         return before
-    check(facts)
+    check(hand.where, facts)
     house = await houses.of(facts.target)
-    check(facts, house)
+    check(hand.where, facts, house)
     if not steps(facts, house, spec):
         diary.note("done", "nothing to do")
         return before
@@ -247,15 +245,8 @@ async def switch(hand: Hand, house: Wheelhouse, diary: Diary) -> bool:
 async def _do(step: Step, hand: Hand) -> str:
     match step:
         case Upload():
-            with open(step.wheel.path, "rb") as file:  # noqa: ASYNC230 - read in small pieces
-                await hand.ask(
-                    "put",
-                    (file, step.wheel.size),
-                    path=step.path,
-                    size=step.wheel.size,
-                    sha256=step.wheel.sha256,
-                    mode=0o644,
-                )
+            for wheel in step.wheels:
+                await _upload(wheel, hand)
             return ""
         case Packages():
             return await _packages(step, hand)
@@ -265,6 +256,11 @@ async def _do(step: Step, hand: Hand) -> str:
             return str(said["output"]).strip()
         case JoinHome():
             return await _join(step, hand)
+
+
+async def _upload(wheel: Wheel, hand: Hand) -> None:
+    with open(wheel.path, "rb") as file:  # noqa: ASYNC230 - read in small pieces
+        await hand.ask("put", (file, wheel.size), path=path_of(wheel), size=wheel.size, sha256=wheel.sha256, mode=0o644)
 
 
 async def _packages(step: Packages, hand: Hand) -> str:
@@ -291,7 +287,7 @@ async def _join(step: JoinHome, hand: Hand) -> str:
     if said["status"] != 0:
         words = " / ".join(output.splitlines()[-3:])
         raise OperatorError(
-            f"{step.machine} could not join: {words or 'it said nothing'}",
+            f"{hand.where}: {step.machine} could not join: {words or 'it said nothing'}",
             hint=f"can the host reach {step.join.server}?",
             provider_code="join",
         )

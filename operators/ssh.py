@@ -9,6 +9,7 @@ still reported, so that nothing is made twice, and the other hosts go on.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import time
 from collections.abc import AsyncIterator, Callable
@@ -27,6 +28,7 @@ from slum.operators.local import Site
 from slum.operators.ssh_hand import Hand, working
 from slum.operators.ssh_hosts import KeyFile, address_of, choose_host, host_in, machine_id
 from slum.operators.ssh_link import Dialer
+from slum.operators.wheelhouse import Wheelhouse
 
 RESERVED_S = 60.0
 """How long a host stays promised to a machine whose intent is not seen in the ledger yet."""
@@ -64,8 +66,9 @@ class Ssh:
     def machine_id(self, spec: MachineSpec) -> str:
         now = time.monotonic()
         promised = _RESERVED.setdefault(spec.cluster, {})
-        for key in [key for key, promise in promised.items() if promise.until < now]:
-            del promised[key]
+        for key, promise in list(promised.items()):
+            if promise.until < now or (key == spec.key and promise.host not in self._hosts):
+                del promised[key]
         known = self._taken(spec.cluster)
         taken = {key: promise.host for key, promise in promised.items()} | known
         host = choose_host(self._hosts, spec.key, taken)
@@ -75,7 +78,7 @@ class Ssh:
 
     async def observe(self, cluster: str) -> tuple[Machine, ...]:
         looks = asyncio.Semaphore(LOOKS_MAX)
-        async with Dialer(self._definition, self._book) as dialer:
+        async with self._dialer() as dialer:
 
             async def one(name: str, host: SshHost) -> Machine | None:
                 try:
@@ -99,7 +102,7 @@ class Ssh:
             )
         diary = self._diary(name)
         try:
-            async with Dialer(self._definition, self._book) as dialer, self._hand(dialer, name, host) as hand:
+            async with self._dialer() as dialer, self._hand(dialer, name, host) as hand:
                 await bring_up(hand, self._houses, spec, diary, fence=self._site.fence)
                 facts = await look(hand)
         except OperatorError as error:
@@ -119,7 +122,7 @@ class Ssh:
             return
         name, machine = found
         diary = self._diary(name)
-        async with Dialer(self._definition, self._book) as dialer, self._hand(dialer, name, host) as hand:
+        async with self._dialer() as dialer, self._hand(dialer, name, host) as hand:
             facts = await look(hand)
             cluster = facts.cluster
             await hand.ask("take", cluster=cluster, fence=list(self._site.fence), wait_s=LOCK_S)
@@ -131,33 +134,44 @@ class Ssh:
 
     async def prepare(self, host: str) -> Facts:
         """Install this version of slum on *host* (a name as in ids), whatever runs there, and return what it was before."""
-        async with Dialer(self._definition, self._book) as dialer, self._hand(dialer, host, self._hosts[host]) as hand:
+        async with self._dialer() as dialer, self._hand(dialer, host, self._hosts[host]) as hand:
             return await bring_up(hand, self._houses, None, self._diary(host))
 
-    async def plan(self, host: str) -> tuple[Facts, tuple[Step, ...]]:
-        """Return what *host* says of itself and what preparing it would do; changes nothing there."""
-        async with Dialer(self._definition, self._book) as dialer, self._hand(dialer, host, self._hosts[host]) as hand:
+    async def plan(self, host: str) -> tuple[Facts, Wheelhouse, tuple[Step, ...]]:
+        """Return what *host* says of itself, what it would get, and the steps of preparing it; changes nothing there."""
+        async with self._dialer() as dialer, self._hand(dialer, host, self._hosts[host]) as hand:
             facts = await look(hand)
         house = await self._houses.of(facts.target)
-        check(facts, house)
-        return facts, steps(facts, house, None)
+        check(host, facts, house)
+        return facts, house, steps(facts, house, None)
 
     async def upgrade(self, host: str) -> bool:
         """Let the machine on *host* go on under this version, services untouched; False when it does or is none."""
-        async with Dialer(self._definition, self._book) as dialer, self._hand(dialer, host, self._hosts[host]) as hand:
+        async with self._dialer() as dialer, self._hand(dialer, host, self._hosts[host]) as hand:
             house = await self._houses.of((await look(hand)).target)
             return await switch(hand, house, self._diary(host))
 
     @asynccontextmanager
     async def shell(self, host: str) -> AsyncIterator[asyncssh.SSHClientConnection]:
         """Yield a connection to *host*, as the operator has it."""
-        async with Dialer(self._definition, self._book) as dialer, dialer.to(self._hosts[host]) as connection:
+        async with self._dialer() as dialer, dialer.to(self._hosts[host]) as connection:
             yield connection
 
     @property
     def hosts(self) -> tuple[str, ...]:
         """The names of its hosts, as ids have them, in order."""
         return tuple(self._hosts)
+
+    def log_of(self, host: str) -> Path:
+        """Return the log of bootstraps of *host*."""
+        return host_log(self._site, host)
+
+    def _dialer(self) -> Dialer:
+        home = self._site.home
+        home.data.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
+        for private in (home.state, home.logs):
+            private.mkdir(mode=0o700, exist_ok=True)
+        return Dialer(self._definition, self._book)
 
     def _diary(self, host: str) -> Diary:
         tell = self._tell

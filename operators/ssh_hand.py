@@ -45,7 +45,7 @@ class Hand:
     """A running hand. Not safe for two tasks at once."""
 
     def __init__(self, where: str, process: asyncssh.SSHClientProcess[bytes]) -> None:
-        self._where = where
+        self.where = where
         self._process = process
 
     async def ask(self, do: str, payload: tuple[BinaryIO, int] | None = None, **fields: Any) -> dict[str, Any]:
@@ -58,21 +58,21 @@ class Hand:
                 while left:
                     data = file.read(min(left, CHUNK_BYTES))
                     if not data:
-                        raise OperatorError(f"{self._where}: what is to be uploaded became shorter")
+                        raise OperatorError(f"{self.where}: what is to be uploaded became shorter")
                     left -= len(data)
                     self._process.stdin.write(data)
                     await self._process.stdin.drain()
             line = await self._process.stdout.readline()
         except (asyncssh.Error, OSError) as error:
             raise OperatorError(
-                f"{self._where}: the connection broke while `{do}` was under way: {error}", provider_code="unreachable"
+                f"{self.where}: the connection broke while `{do}` was under way: {error}", provider_code="unreachable"
             ) from error
         return self._answer(do, line)
 
     def _answer(self, do: str, line: bytes) -> dict[str, Any]:
         if not line.endswith(b"\n"):
             raise OperatorError(
-                f"{self._where}: the connection ended while `{do}` was under way",
+                f"{self.where}: the connection ended while `{do}` was under way",
                 hint="it is safe to do again: it goes on where it was",
                 provider_code="unreachable",
             )
@@ -80,14 +80,14 @@ class Hand:
         if first.startswith("no-root"):
             user = first.partition(" ")[2]
             raise OperatorError(
-                f"{self._where}: {user!r} is not root and may not run `sudo -n`",
+                f"{self.where}: {user!r} is not root and may not run `sudo -n`",
                 hint=f'connect as root, or let it: echo "{user} ALL=(ALL) NOPASSWD: ALL" > /etc/sudoers.d/{user}',
                 provider_code="no_root",
             )
         if first.startswith("no-python"):
             seen = first.removeprefix("no-python").strip(" ;")
             raise OperatorError(
-                f"{self._where}: no Python of 3.11 or later is there{f': {seen}' if seen else ''}",
+                f"{self.where}: no Python of 3.11 or later is there{f': {seen}' if seen else ''}",
                 hint="Debian 12 has one: apt install python3; elsewhere install it as /usr/local/bin/python3",
                 provider_code="no_python",
             )
@@ -95,12 +95,12 @@ class Hand:
             answer: dict[str, Any] = json.loads(first)
         except ValueError as error:
             raise OperatorError(
-                f"{self._where}: it answered with something else: {first[:200]!r}",
+                f"{self.where}: it answered with something else: {first[:200]!r}",
                 hint="does the user's shell print something when no terminal is there?",
             ) from error
         if "error" in answer:
             raise OperatorError(
-                f"{self._where}: {answer['error']}", hint=HINTS.get(answer["code"], ""), provider_code=answer["code"]
+                f"{self.where}: {answer['error']}", hint=HINTS.get(answer["code"], ""), provider_code=answer["code"]
             )
         return answer
 

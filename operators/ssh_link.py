@@ -102,21 +102,25 @@ class Dialer:
         """Connect to a host that shows the key of *fingerprint*, of whichever kind that one is."""
         if fingerprint is None:
             raise OperatorError(f"{address}: no fingerprint is given for it", provider_code="host_key")
-        wanted, first = fingerprint.rstrip("="), None
-        for algorithms in (ED25519, ECDSA, RSA):
+        wanted, mismatch = fingerprint.rstrip("="), None
+        families = [(*ED25519, *ECDSA, *RSA), ED25519, ECDSA, RSA]
+        while families:
+            judged: list[asyncssh.SSHKey] = []
+
+            def believes(key: asyncssh.SSHKey, judged: list[asyncssh.SSHKey] = judged) -> bool:
+                judged.append(key)
+                return key.get_fingerprint() == wanted
+
             try:
-                return await self._dial(
-                    address,
-                    through,
-                    lambda key: key.get_fingerprint() == wanted,
-                    algorithms=algorithms,
-                    expected=wanted,
-                )
+                return await self._dial(address, through, believes, algorithms=families.pop(0), expected=wanted)
             except OperatorError as error:
-                if error.provider_code not in ("host_key", "no_such_key"):
+                if mismatch is None and error.provider_code != "host_key":
                     raise
-                first = first if first and first.provider_code == "host_key" else error
-        raise first or OperatorError(f"{address}: it shows no key", provider_code="host_key")
+                # Asked for a kind of key that it has not, a host may just hang up: the mismatch is what is to be told.
+                mismatch = mismatch or error
+                if judged:
+                    families = [family for family in families if not _shows(judged[0], family)]
+        raise mismatch or OperatorError(f"{address}: it shows no key", provider_code="host_key")
 
     async def _dial(
         self,
@@ -226,6 +230,11 @@ def _wrong_key(address: Address, seen: asyncssh.SSHKey | None, expected: str | N
 def _text(key: asyncssh.SSHKey) -> str:
     """Return "ssh-ed25519 AAAA..." without a comment."""
     return " ".join(key.export_public_key().decode().split()[:2])
+
+
+def _shows(key: asyncssh.SSHKey, family: tuple[str, ...]) -> bool:
+    """Tell whether *family* is *key*'s kind."""
+    return any(name in _algorithms(_text(key)) for name in family)
 
 
 def _algorithms(pinned: str) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ errors are printed and turned into exit codes (docs/cli.md); nothing else in slu
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -20,6 +21,8 @@ from slum.cli.base import EXIT_PIPE, print_error, shared_options
 from slum.errors import EXIT_DONE, EXIT_INTERRUPTED, SlumError
 
 COMPLETE_VARIABLE = "_SLUM_COMPLETE"
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+"""What a write meets when the user's disk, not slum, is at fault."""
 
 
 class Entry(NamedTuple):
@@ -60,6 +63,8 @@ SECTIONS: dict[str, dict[str, Entry]] = {
         "run": Entry("slum.cli.shell:run", "Run a one-off command behind a wall like the service's."),
     },
     "Machines": {
+        "bootstrap": Entry("slum.cli.bootstrap:bootstrap", "Install slum on hosts with SSH, or upgrade it there."),
+        "ssh": Entry("slum.cli.ssh:ssh", "Open a shell on a tenement's host."),
         "drain": Entry("slum.cli.machines:drain", "Empty a machine and keep it empty until --undo."),
     },
     "Who may come in": {
@@ -173,13 +178,17 @@ def run(args: Sequence[str]) -> int:
         return error.exit_code
     except BrokenPipeError:
         # Whoever read our output has gone (`slum logs web | head`): nothing is wrong, and nothing can be said.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return EXIT_PIPE
     except (KeyboardInterrupt, click.Abort):
         return EXIT_INTERRUPTED
     except Exception as bug:  # noqa: BLE001 - the outermost boundary: a bug is recorded with its traceback, then exit 1
         from slum.cli.crash import record
 
+        if isinstance(bug, OSError) and bug.errno in FULL and bug.filename is None:
+            _drop_output()
+            print_error(f"the output cannot be written: {bug.strerror}", settings, exit_code=SlumError.exit_code)
+            return SlumError.exit_code
         print_error(
             f"a bug in slum: {type(bug).__name__}: {bug}",
             settings,
@@ -187,6 +196,11 @@ def run(args: Sequence[str]) -> int:
             exit_code=SlumError.exit_code,
         )
         return SlumError.exit_code
+
+
+def _drop_output() -> None:
+    """What is still to be written goes nowhere, so that the interpreter's end does not try it again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main() -> None:
@@ -201,6 +215,9 @@ def main() -> None:
 
 def _uninterrupted(args: Sequence[str]) -> int:
     """Run, and be deaf to ctrl-C from then on: the interpreter's own end would turn one into a traceback or a signal."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # the caller closed it; in this order each gets its own descriptor back
+            setattr(sys, name, open(os.devnull, mode))
     try:
         code = run(args)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
