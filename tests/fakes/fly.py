@@ -246,6 +246,7 @@ class FakeFly(Cloud):
         if self.liar.says(self.liar.short_of, "room", name, len(self.calls)):
             raise self.refuse(412, "aborted: insufficient resources available to fulfill request")
         machine = self._new_machine(name, app, body, at)
+        self.on_boot(name, machine.body["config"].get("env", {}))
         answer = self._now(machine)
         if body.get("lease_ttl"):
             machine.nonce, machine.leased_until = self._new_id(), at + body["lease_ttl"]
@@ -286,6 +287,7 @@ class FakeFly(Cloud):
         return machine
 
     def _end(self, app: FakeApp, machine: FakeMachine) -> None:
+        self.on_end(str(machine.body["name"]))
         machine.seen.died = self.at()
         for volume in app.volumes.values():
             if volume.body["attached_machine_id"] == machine.body["id"]:

@@ -209,6 +209,7 @@ class FakeHetzner(Cloud):
         if self.liar.says(self.liar.forget_labels, "labels", name, len(self.servers)):
             labels = {}
         server = self._new_server(name, kind, body["location"], image, labels, firewalls, at)
+        self.on_boot(name, body.get("user_data", ""))
         takes = self._takes(3.0, name)
         action, following = self._act("create_server", server, takes), self._act("start_server", server, takes + 2.0)
         made = {"server": self._now(server), "action": action, "next_actions": [following]}
@@ -295,6 +296,7 @@ class FakeHetzner(Cloud):
 
     def _end(self, server: Thing) -> None:
         if server.seen.died is None:
+            self.on_end(str(server.body["name"]))
             server.seen.died = self.at() + self._takes(1.0, "delete", server.body["name"])
 
     def _check_labels(self, labels: dict[str, str]) -> None:
