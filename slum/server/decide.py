@@ -52,6 +52,8 @@ class Situation:
     """Machines whose services have stopped, or had all the time for it."""
     resting: frozenset[str] = frozenset()
     """Machines with an action under way, or waiting to be tried again."""
+    held: frozenset[str] = frozenset()
+    """Machines that are gone and not to be made again now: see vanished.py."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +123,7 @@ def _for_one(want: Wanted | None, row: Known | None, known: Mapping[str, Known],
 def _keep(want: Wanted, row: Known, situation: Situation) -> Action | None:
     found = _found(row, situation)
     if row.state == "created":
-        return None if found else _create(want, row.incarnation)
+        return None if found or row.machine in situation.held else _create(want, row.incarnation)
     if row.state == "creating" and found:
         return Recognise(machine=row.machine, action=row.action, machine_id=found)
     return _create(want, row.incarnation)

@@ -16,13 +16,14 @@ from dataclasses import replace
 
 from slum import log, model
 from slum.errors import ConfigError, OperatorError, QuorumLost, SlumError
-from slum.ledger.commands import AnyCommand, Intent, LeaderInfo, Outcome, Rejected, new_request_id
+from slum.ledger.commands import AnyCommand, Intent, LeaderInfo, NoteEvent, Outcome, Record, Rejected, new_request_id
 from slum.operators.base import Foretold, Held, MachineSpec, Operator
 from slum.operators.registry import make_operator
 from slum.server.boot import operator_site
 from slum.server.control import Control, Sight
 from slum.server.decide import Action, Create, Destroy, Known, Recognise, Situation, Wanted, decide, key_of
 from slum.server.localmember import LocalOfMember, member_of
+from slum.server.vanished import GRACE_S, vanished
 from slum.server.view import World
 
 TIMER_S = 30.0
@@ -45,6 +46,9 @@ class Reconciler:
         """By machine: how often it failed in a row, and when (monotonic) it may be tried again."""
         self._leaving: dict[str, float] = {}
         """By machine: since when (monotonic) it is to be drained."""
+        self._leads_since: tuple[tuple[int, int, int], float] | None = None
+        """The (generation, epoch, term) of our lead, and since when (monotonic)."""
+        self._vanished: frozenset[str] = frozenset()
 
     async def run(self) -> None:
         """Reconcile until cancelled."""
@@ -59,6 +63,7 @@ class Reconciler:
                             group.create_task(self._perform(action, leader), name=f"reconcile {action.machine}")
                     else:
                         self._control.troubles.clear()
+                        self._leads_since = None
                 except QuorumLost as error:
                     log.get().info("reconcile_waits", why=error.message)
                     await asyncio.sleep(BACKOFF_S[0])
@@ -70,6 +75,8 @@ class Reconciler:
         now = time.monotonic()
         waits = [at - now for _, at in self._failures.values() if at > now]
         waits += [since + DRAIN_S - now for since in self._leaving.values()]
+        if self._leads_since is not None and now < self._leads_since[1] + GRACE_S:
+            waits.append(self._leads_since[1] + GRACE_S - now)
         return min([TIMER_S, *(max(0.05, wait) for wait in waits)])
 
     def _decide(self, leader: LeaderInfo, group: asyncio.TaskGroup) -> tuple[Action, ...]:
@@ -105,12 +112,36 @@ class Reconciler:
             drained=frozenset(machine for machine in self._leaving if self._is_drained(machine, now)),
             resting=frozenset(self._busy | {m for m, (_, at) in self._failures.items() if at > now}),
         )
+        situation = replace(situation, held=self._held(situation, leader, group, now))
         if world.paused is not None:
             everything = frozenset(known.machine for known in situation.known)
             self._control.foretold = decide(replace(situation, drained=everything))
             return ()
         self._control.foretold = None
         return decide(situation)
+
+    def _held(self, situation: Situation, leader: LeaderInfo, group: asyncio.TaskGroup, now: float) -> frozenset[str]:
+        """Return the machines that are gone and not made again now; that they are too many is told, and noted once."""
+        term = (leader.generation, leader.epoch, leader.term)
+        if self._leads_since is None or self._leads_since[0] != term:
+            self._leads_since = (term, now)
+        names = {one.machine for one in situation.wanted}
+        held, why = vanished(situation.known, names, situation.observed, situation.hosts, now - self._leads_since[1])
+        for machine in held if why else ():
+            self._control.troubles[machine] = why
+        for machine in () if why else self._vanished:
+            self._control.troubles.pop(machine, None)
+        if why and not self._vanished:
+            event = NoteEvent(kind="machines_vanished", subject="fleet:machines", at=time.time(), why=why)
+            group.create_task(self._note(event, leader), name="note what vanished")
+        self._vanished = held if why else frozenset()
+        return held
+
+    async def _note(self, event: NoteEvent, leader: LeaderInfo) -> None:
+        try:
+            await self._end(Record(events=(event,)), leader)
+        except QuorumLost as error:
+            log.get().warning("event_not_recorded", kind=event.kind, why=error.message)
 
     def _definitions(self, world: World, wanted: tuple[Wanted, ...]) -> dict[str, model.Operator]:
         """Return the operators that are concerned: of the fleet, or of the last revision that still declared them."""
