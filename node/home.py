@@ -92,7 +92,7 @@ def files(home: Home) -> Files:
 
 def has_joined(home: Home) -> bool:
     """Tell whether this machine is a node of a control plane elsewhere."""
-    return files(home).home.exists()
+    return os.path.exists(files(home).home)  # False also where we may not look: that is another user's
 
 
 def refuse_node(home: Home) -> None:

@@ -66,11 +66,25 @@ def clean(text: str, *, keep_color: bool = False) -> str:
     return _CONTROL.sub("", _SGR.sub("", text))
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], paint: Paint) -> list[str]:
-    """Return aligned lines: two spaces between columns, nothing after the last one, columns that are empty left out."""
+def table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    paint: Paint,
+    *,
+    width_max: int | None = None,
+    spare: Iterable[str] = (),
+) -> list[str]:
+    """Return aligned lines: two spaces between columns, nothing after the last one, columns that are empty left out.
+
+    Where that is wider than *width_max*, the columns of the names *spare* are left out, one after the other, until it fits.
+    """
     body = [list(row) for row in rows]
     wanted = [n for n in range(len(header)) if not body or any(row[n] for row in body)]
     width = {n: max(len(header[n]), *(len(row[n]) for row in body), 0) for n in wanted}
+    for name in spare:
+        if width_max is None or sum(width[n] + 2 for n in wanted) - 2 <= width_max:
+            break
+        wanted = [n for n in wanted if header[n] != name]
     return [
         "  ".join(
             (paint(text, style) if text else "") + " " * (0 if n == wanted[-1] else width[n] - len(text))

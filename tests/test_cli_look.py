@@ -72,6 +72,17 @@ def test_ps() -> None:
     assert ps_lines((), NOW, plain) == ["nothing runs here: `slum apply` a slum.toml"]
 
 
+def test_ps_fits_a_narrow_terminal_and_keeps_what_matters() -> None:
+    views = tuple(world().views.values())
+    wide = ps_lines(views, NOW, plain)
+    assert ps_lines(views, NOW, plain, 400) == wide
+    narrow = ps_lines(views[:1], NOW, plain, 100)
+    assert narrow[0].split() == ["SERVICE", "ID", "STATE", "URL"]
+    assert "failed" in narrow[1]
+    assert "exit 2" in narrow[1]
+    assert len(narrow[1]) < len(wide[1])
+
+
 def test_ps_says_which_generation_serves_while_a_new_release_fails() -> None:
     view = world().views["here/notes/main"]
     report = msgspec.structs.replace(

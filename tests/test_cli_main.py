@@ -235,6 +235,22 @@ def test_a_reader_that_goes_away_is_no_error(desk: Desk) -> None:  # noqa: F811
         assert process.stderr.read() == b""
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_the_caller_closed_are_no_bug(lonely: Desk, closed: str) -> None:  # noqa: F811
+    words = f"{sys.executable} -m slum.cli.main --run-dir {lonely.home.run} --data-dir {lonely.home.data}"
+    done = subprocess.run(["sh", "-c", f"{words} doctor --help {closed}; {words} ps {closed}"], capture_output=True)
+    assert done.returncode == 6, done
+    assert b"a bug in slum" not in done.stdout + done.stderr
+
+
+def test_a_full_disk_under_the_output_is_no_bug(lonely: Desk) -> None:  # noqa: F811
+    words = [sys.executable, "-m", "slum.cli.main", "--run-dir", str(lonely.home.run), "version"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.stderr == "error: the output cannot be written: No space left on device (exit 1)\n"
+    assert done.returncode == 1
+
+
 def test_ctrl_c_after_the_end_is_too_late() -> None:
     script = """
 import atexit, signal, sys

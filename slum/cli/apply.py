@@ -33,6 +33,7 @@ def apply(
     generation goes on serving where there is one.
     """
     wait_s = None if no_wait else span_s(timeout)
+    asked.reach().check()
     with stages(asked) as stage:
         loaded = read_fleet(asked, file_of(file, file_option))
         with packed(asked, loaded) as prepared, asked.client() as client:

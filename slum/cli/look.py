@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 import time
 
 import click
@@ -37,7 +39,8 @@ def ps(asked: Invocation, service: str | None) -> None:
     if asked.json:
         asked.emit(found)
         return
-    for line in ps_lines(found, time.time(), asked.paint):
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for line in ps_lines(found, time.time(), asked.paint, width):
         asked.say(line)
 
 

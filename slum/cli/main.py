@@ -217,7 +217,7 @@ def _uninterrupted(args: Sequence[str]) -> int:
     """Run, and be deaf to ctrl-C from then on: the interpreter's own end would turn one into a traceback or a signal."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # the caller closed it; in this order each gets its own descriptor back
-            setattr(sys, name, open(os.devnull, mode))
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for good
     try:
         code = run(args)
         signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -23,6 +23,7 @@ def plan(asked: Invocation, file: str | None, file_option: str | None) -> int | 
     Ends with 0 when there is nothing to do, with 10 when there is. Starts nothing: without a control plane the plan is
     made on an empty machine.
     """
+    asked.reach().check()
     loaded = read_fleet(asked, file_of(file, file_option))
     with packed(asked, loaded) as prepared, asked.client() as client:
         present = client.present()

@@ -25,7 +25,13 @@ VALUE_CHARS = 60
 UNWELL = frozenset({Phase.FAILED, Phase.BACKOFF, Phase.UNHEALTHY, Phase.DEGRADED})
 
 
-def ps_lines(instances: Sequence[api.InstanceView], now: float, paint: Paint) -> list[str]:
+PS_SPARE = ("REQUESTS", "CPU", "MEM", "RESTARTS", "LEVEL", "AGE", "TENEMENT")
+"""What a narrow terminal does without, first one first."""
+
+
+def ps_lines(
+    instances: Sequence[api.InstanceView], now: float, paint: Paint, width_max: int | None = None
+) -> list[str]:
     """One row an instance; the last column says what is wrong with one that is not well."""
     if not instances:
         return ["nothing runs here: `slum apply` a slum.toml"]
@@ -49,7 +55,7 @@ def ps_lines(instances: Sequence[api.InstanceView], now: float, paint: Paint) ->
                 _remark(view),
             )
         )
-    return table(PS_HEADER, rows, paint)
+    return table(PS_HEADER, rows, paint, width_max=width_max, spare=PS_SPARE)
 
 
 def status_lines(status: api.Status, instances: Sequence[api.InstanceView], paint: Paint) -> list[str]:
