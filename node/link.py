@@ -95,9 +95,11 @@ class Link:
             try:
                 door, socket = await self._dial()
             except Unreachable as error:
-                if EXPIRED in str(error):
+                why = str(error)
+                if EXPIRED in why:
+                    why = "this machine's certificate has expired, says the member"
                     self._way.expired()
-                self._say("", str(error))
+                self._say("", why)
                 await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
                 delay_s = min(delay_s * 2, BACKOFF_MAX_S)
                 continue

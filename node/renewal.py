@@ -24,7 +24,19 @@ SPREAD_S = 3600.0
 DIAL_S, CHILD_S = 5.0, 60.0
 KNOCK_S = 3.0
 """Between two looks whether anybody is there, when the certificate has expired."""
-PAUSE_MIN_S, PAUSE_MAX_S = 5.0, 600.0
+PAUSE_MIN_S, PAUSE_MAX_S, PAUSE_EXPIRED_MAX_S = 5.0, 600.0, 60.0
+
+
+def next_pause_s(told: homes.HomeFile, before_s: float, *, renewed: bool, now: float) -> float:
+    """Return how long to wait after a renewal, which *told* may be the outcome of, when it was *before_s* the last time.
+
+    A certificate that is due again at once counts as a failure: the clocks of member and machine are far apart then, and each
+    renewal is noted in the ledger.
+    """
+    if renewed and told.renew_at > now:
+        return 0.0
+    most_s = PAUSE_EXPIRED_MAX_S if told.not_after < now else PAUSE_MAX_S
+    return min(max(before_s * 2, PAUSE_MIN_S), most_s)
 
 
 class Renewal:
@@ -37,17 +49,15 @@ class Renewal:
 
     async def run(self) -> None:
         """Keep the certificate valid, for ever."""
-        pause_s = PAUSE_MIN_S
+        pause_s = 0.0
         while True:
             await self._due()
             if not await self._somebody():
                 await asyncio.sleep(KNOCK_S * random.uniform(0.5, 1.0))
                 continue
-            if await self._renewed():
-                pause_s = PAUSE_MIN_S
-                continue
+            renewed = await self._renewed()
+            pause_s = next_pause_s(self._far.told, pause_s, renewed=renewed, now=time.time())
             await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
-            pause_s = min(pause_s * 2, PAUSE_MAX_S)
 
     async def _due(self) -> None:
         while (left_s := self._far.told.renew_at + self._spread_s - time.time()) > 0 and not self._far.expiry.is_set():

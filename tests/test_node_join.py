@@ -18,6 +18,7 @@ from slum.node import home as homes
 from slum.node.front import Stranger
 from slum.node.join import join
 from slum.node.renew import renew
+from slum.node.renewal import next_pause_s
 from slum.pki import authority
 
 
@@ -195,6 +196,23 @@ async def test_renewal_keeps_the_key_also_when_all_has_expired() -> None:
         whole.revoked.add(authority.read_certificate(files.certificate.read_text(), whole.ca).serial)
         with pytest.raises(ConfigError, match="revoked"):
             await asyncio.to_thread(renew, here.home)
+
+
+def test_a_certificate_that_is_due_again_at_once_is_not_renewed_in_a_hurry() -> None:
+    """Each renewal is noted in the ledger; a member's clock may be months behind."""
+    now, day = 1e9, 86400.0
+    young = homes.HomeFile(cluster="c", servers=(), not_before=now, not_after=now + 90 * day)
+    old = homes.HomeFile(cluster="c", servers=(), not_before=now - 70 * day, not_after=now + 20 * day)
+    dead = homes.HomeFile(cluster="c", servers=(), not_before=now - 100 * day, not_after=now - 10 * day)
+    assert next_pause_s(young, 0.0, renewed=True, now=now) == 0.0
+    for told, most_s in ((old, 600.0), (dead, 60.0)):
+        for renewed in (True, False):
+            pauses = [0.0]
+            for _ in range(12):
+                pauses.append(next_pause_s(told, pauses[-1], renewed=renewed, now=now))
+            assert pauses[1] == 5.0
+            assert pauses[-1] == most_s
+            assert pauses == sorted(pauses)
 
 
 def test_the_agent_beside_its_control_plane_never_imports_ssl() -> None:
