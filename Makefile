@@ -2,7 +2,7 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help quickstart venv dev check test simulate simulate-mutations cluster cluster-down bench clean ssh-hosts ssh-hosts-down
+.PHONY: help quickstart venv dev check test simulate simulate-mutations cluster cluster-down bench backup-demo clean ssh-hosts ssh-hosts-down
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -50,6 +50,9 @@ ssh-hosts: $(VENV)/.dev  ## hosts with sshd in namespaces of this machine, N=5 o
 
 ssh-hosts-down:  ## remove them
 	@$(PY) tests/ssh_hosts.py down
+
+backup-demo: $(VENV)/.dev  ## lose a whole control plane and bring it back from S3 (on loopback, folders of its own)
+	@$(PY) scripts/backup_demo.py
 
 clean:  ## remove what make made here; runs nothing down (`slum down --services` does)
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
