@@ -105,13 +105,13 @@ class Link:
                 continue
             delay_s = BACKOFF_MIN_S
             async with socket:
-                why = await self._converse(socket, door)
+                ended = await self._converse(socket, door)
             self.connected = False
             self._way.current = None
             self._way.lost(door)
-            log.get().info("member_lost", member=door.name, why=why.words)
-            self._say("", why.words)
-            await asyncio.sleep(self._pause_s(why))
+            log.get().info("member_lost", member=door.name, why=ended.words)
+            self._say("", ended.words)
+            await asyncio.sleep(self._pause_s(ended))
 
     async def _dial(self) -> tuple[Door, WebSocket]:
         """Return a line to the first member that takes one; Unreachable when none does."""
