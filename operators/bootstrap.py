@@ -103,7 +103,7 @@ class JoinHome(Frozen):
     @property
     def argv(self) -> tuple[str, ...]:
         slum = f"{OPT}/{self.house}/bin/slum"
-        return (slum, "join", self.join.server, "--tenement", self.machine, "--token-file", "-")
+        return (slum, "join", *self.join.server.split(), "--tenement", self.machine, "--token-file", "-")
 
 
 Step = Upload | Packages | Install | JoinHome
@@ -288,7 +288,7 @@ async def _join(step: JoinHome, hand: Hand) -> str:
         words = " / ".join(output.splitlines()[-3:])
         raise OperatorError(
             f"{hand.where}: {step.machine} could not join: {words or 'it said nothing'}",
-            hint=f"can the host reach {step.join.server}?",
+            hint=f"can the host reach {' or '.join(step.join.server.split())}?",
             provider_code="join",
         )
     return output

@@ -406,7 +406,7 @@ def _runs(identity: Fields) -> bool:
 
 
 def _answers(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX) as link:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as link:
         link.settimeout(2)
         try:
             link.connect(path)
@@ -416,7 +416,7 @@ def _answers(path: str) -> bool:
 
 
 def _keeper_pid() -> int:
-    with socket.socket(socket.AF_UNIX) as link:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as link:
         link.connect(KEEPER)
         return int(struct.unpack("3i", link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
 

@@ -61,7 +61,7 @@ class Dialer:
         try:
             async with connection:
                 yield connection
-        except (asyncssh.Error, OSError) as error:
+        except (asyncssh.Error, ConnectionError) as error:
             raise refusal(address, error) from error
 
     async def _through(self) -> asyncssh.SSHClientConnection | None:

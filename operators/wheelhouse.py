@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import fcntl
 import hashlib
 import os
 import secrets
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from slum.frozen import Frozen
 
 UV = "uv==0.13.9"
 DOWNLOAD_S = 300.0
+LOCKED_S = 0.1
 EPOCH = (1980, 1, 1, 0, 0, 0)
 GLIBC_FIRST = 5
 """The first manylinux_2_N there is."""
@@ -69,7 +72,9 @@ async def build(target: Target, cache: Path) -> Wheelhouse:
     """Return the wheelhouse for *target*, downloaded into *cache* where it is not there yet."""
     house = cache / _fingerprint(target)
     if not house.is_dir():
-        await _download(target, house)
+        async with _alone(cache):
+            if not house.is_dir():
+                await _download(target, house)
     own = await asyncio.to_thread(_own_wheel, cache)
     wheels = tuple(await asyncio.to_thread(_measured, (own, *sorted(house.glob("*.whl")))))
     digest = hashlib.sha256("".join(wheel.sha256 for wheel in wheels).encode()).hexdigest()
@@ -131,9 +136,25 @@ def _fingerprint(target: Target) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+@asynccontextmanager
+async def _alone(cache: Path) -> AsyncIterator[None]:
+    """Hold the lock of *cache*, which other processes and other tasks of this one respect too."""
+    os.makedirs(cache, mode=0o700, exist_ok=True)
+    lock = os.open(cache / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                await asyncio.sleep(LOCKED_S)
+        yield
+    finally:
+        os.close(lock)
+
+
 async def _download(target: Target, house: Path) -> None:
     """Fill *house* with pip; it appears when it is complete."""
-    house.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     new = house.with_name(f".new-{secrets.token_hex(6)}")
     version = target.python.replace(".", "")
     chosen = pins(target)
@@ -221,9 +242,8 @@ def _own_wheel(cache: Path) -> Path:
                 member.external_attr = 0o644 << 16
                 archive.writestr(member, data, zipfile.ZIP_DEFLATED)
         temporary.rename(path)
-        for old in path.parent.parent.iterdir():
-            if old != path.parent:
-                shutil.rmtree(old, ignore_errors=True)
+        for old in sorted(path.parent.parent.iterdir(), key=lambda one: one.stat().st_mtime)[:-KEPT]:
+            shutil.rmtree(old, ignore_errors=True)
     return path
 
 

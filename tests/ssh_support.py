@@ -36,7 +36,7 @@ DATA, RUN = "/var/lib/slum", "/run/slum/p"
 KEEPER = """
 import os, socket
 os.makedirs("/run/slum/p", exist_ok=True)
-link = socket.socket(socket.AF_UNIX)
+link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 path = "/run/slum/p/keeper.sock"
 os.path.exists(path) and os.unlink(path)
 link.bind(path)
