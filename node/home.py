@@ -29,6 +29,7 @@ PORT = 7443
 NAME = "slum.internal"
 """What every member's certificate is for, whatever address was dialled."""
 SERVERS_MAX = 32
+ELSEWHERE = "do it where the control plane is, or from anywhere: `slum context add NAME URL --token-file FILE`"
 RENEW_AT = 2 / 3
 """Of a certificate's life."""
 
@@ -97,12 +98,17 @@ def has_joined(home: Home) -> bool:
 
 def refuse_node(home: Home) -> None:
     """Return unless this machine is a node of a control plane elsewhere; ConfigError then: it gets none of its own."""
+    said = elsewhere(home)
+    if said:
+        raise ConfigError(said, hint=ELSEWHERE)
+
+
+def elsewhere(home: Home) -> str:
+    """Return in words where this node's control plane is; "" for a machine that is no node."""
     told = read_home(home)
-    if told is not None:
-        raise ConfigError(
-            f"this machine is a node of fleet {told.fleet or told.cluster}, whose control plane is at {told.servers[0]}",
-            hint="do it where the control plane is, or from anywhere: `slum context add NAME URL --token-file FILE`",
-        )
+    if told is None:
+        return ""
+    return f"this machine is a node of fleet {told.fleet or told.cluster}, whose control plane is at {told.servers[0]}"
 
 
 def read_home(home: Home) -> HomeFile | None:

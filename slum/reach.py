@@ -15,7 +15,7 @@ import httpx
 import msgspec
 
 from slum.errors import ConfigError, SlumError, Unreachable
-from slum.node.home import NAME, address_of
+from slum.node.home import ELSEWHERE, NAME, address_of, elsewhere
 from slum.paths import Home
 
 if TYPE_CHECKING:
@@ -134,6 +134,8 @@ class Here:
 
     def lost(self, error: httpx.TransportError, answered: bool) -> SlumError:
         if not answered and self.patience_s() < DEADLINE_S:
+            if said := elsewhere(self._home):
+                return Unreachable(said, hint=ELSEWHERE)
             return Unreachable(
                 f"no control plane runs on this machine ({self._path})",
                 hint="`slum apply` starts one, or `slum up`; --run-dir or SLUM_RUN_DIR name another place",

@@ -91,6 +91,11 @@ async def test_a_control_plane_is_never_begun_on_a_node(tmp_path: Path) -> None:
         done = await asyncio.to_thread(slum, here, "apply", str(file), "--yes")
         assert done.returncode != 0
         assert "is a node of fleet test" in done.stderr
+        for words in (("ps",), ("logs", "x")):
+            done = await asyncio.to_thread(slum, here, *words)
+            assert done.returncode == 6
+            assert "is a node of fleet test" in done.stderr
+            assert "slum context add" in done.stderr
         assert boot.children(here.home) is None
 
 
