@@ -340,6 +340,10 @@ class JoinRequest(Frozen):
     member: MemberOffer | None = None
     """With a member's token."""
 
+    def __repr__(self) -> str:
+        """Without the secret, wherever it is shown by accident."""
+        return f"JoinRequest(host={self.host!r})"
+
 
 class JoinAnswer(Frozen):
     """A certificate and what goes with it. The same token and key give the same one again."""
@@ -397,6 +401,9 @@ class NewToken(Frozen):
     subject: str
     expires_at: float
     servers: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"NewToken(id={self.id!r})"
 
 
 class TokenView(Frozen):

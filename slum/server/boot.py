@@ -18,6 +18,7 @@ from slum.errors import Unreachable
 from slum.frozen import Frozen
 from slum.node import boot
 from slum.node.boot import GRACE_S, POLL_S, check_keeper
+from slum.node.keeperclient import call
 from slum.node.limits.detect import detect
 from slum.node.types import Spawn
 from slum.operators.base import Held
@@ -111,12 +112,23 @@ def down(home: Home, *, services: bool, grace_s: float = GRACE_S) -> DownResult:
     stopped = boot.shut_down(
         home, {child.name for child in boot.children(home) or () if child.name in (*PROGRAMS, *BACKUP, FRONT)}, grace_s
     )
+    _close_front(home)
     if services:
         stopped += boot.shut_down(home, {child.name for child in boot.children(home) or ()}, grace_s)
     left = sum(child.running for child in boot.children(home) or ())
     if services and not left:
         detect(home).clear()
     return DownResult(stopped=stopped, left=left)
+
+
+def _close_front(home: Home) -> None:
+    """Let the keeper, which may live on with the services, take no connections that nobody would answer."""
+    try:
+        for held in call(home, "listeners")["listeners"]:
+            if held["name"].startswith(f"{FRONT}/"):
+                call(home, "close", name=held["name"])
+    except Unreachable:
+        return  # a keeper without children has ended, and its listeners with it
 
 
 def is_ready(home: Home, timeout_s: float = 2.0) -> bool:

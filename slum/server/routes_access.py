@@ -23,7 +23,7 @@ from slum.server.problems import Missing
 from slum.server.route import Call
 from slum.server.routes_join import living_key, servers
 
-TTL_S_MIN, TTL_S_MAX = 10.0, 30 * 86_400.0
+TTL_S_MIN, TTL_S_MAX = 1.0, 30 * 86_400.0
 USER = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,30}[a-z0-9])?")
 WHY_MAX = 200
 
