@@ -7,16 +7,18 @@ Services are never touched by any of it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from slum.cli.base import Invocation, SlumGroup, command, consent
-from slum.errors import ConfigError, QuorumLost, SlumError
+from slum.errors import ConfigError, Conflict, QuorumLost, SlumError
 
 if TYPE_CHECKING:
+    from slum.ledger.recover import Survivor
     from slum.server.founding import Place
 
 API_PORT, LEDGER_PORT = 7443, 7444
@@ -131,37 +133,33 @@ def join(
     """Make this machine a member of the control plane that answers at URL.
 
     It gets a copy of all that is committed, follows, and votes as soon as it is close behind. The token is told only to the
-    authority that it names. What was interrupted is finished by the same command with the same token.
+    authority that it names. What was interrupted is finished by the same command with the same token. One that was removed
+    or fenced comes back so, as a new one; what it held is kept aside.
     """
 
     from slum import api
     from slum.cli.join import token_from
-    from slum.ledger import folder
     from slum.node.join import answered
     from slum.pki.tokens import parse
     from slum.server import founding
 
     _require_no_node(asked)
-    pending = (asked.home.state / "join.json").exists()
-    if folder.current(asked.home.state) is not None and not pending:
-        raise ConfigError(
-            f"{asked.home.data} holds a control plane already",
-            hint="a member takes an empty data folder: `slum server leave` first, or another --data-dir and --run-dir",
-        )
-    token = parse(token_from(token_file, {}) or "")
+    text = token_from(token_file, {}) or ""
+    token = parse(text)
     place = _place(founding.check_name(member or _machine_name()), address, api_port, ledger_port, listen)
-    me = founding.give_identity(asked.home, place)
-    request = api.JoinRequest(
-        secret=token.secret,
-        csr=founding.request(asked.home),
-        host=_machine_name(),
-        member=founding.offer(asked.home, me),
-    )
     end = time.monotonic() + timeout
-    answer = answered(urls, token, request, timeout, asked.note)
-    if answer.kind != "member":
-        raise ConfigError(f"this token is for a {answer.kind}", hint="make one with `slum token new member`")
-    founding.keep_answer(asked.home, answer)
+    with _room(asked, text):
+        me = founding.give_identity(asked.home, place)
+        request = api.JoinRequest(
+            secret=token.secret,
+            csr=founding.request(asked.home),
+            host=_machine_name(),
+            member=founding.offer(asked.home, me),
+        )
+        answer = answered(urls, token, request, timeout, asked.note)
+        if answer.kind != "member":
+            raise ConfigError(f"this token is for a {answer.kind}", hint="make one with `slum token new member`")
+        founding.keep_answer(asked.home, answer)
     _start(asked, again=False, wait=False)
     _run(founding.open_front(asked.home, place))
     again_at = time.monotonic() + AGAIN_S
@@ -183,7 +181,7 @@ def join(
         return
     asked.say(f"{place.member} is a member: {', '.join(members)}")
     if len(members) % 2 == 0:
-        asked.say(f"{len(members)} members survive no more than {len(members) - 1} do: let one more join, or one leave")
+        asked.say(f"{len(members)} members stand no more losses than {len(members) - 1}: let one more join")
     asked.say("next: `slum status --cluster`")
 
 
@@ -265,6 +263,75 @@ def members(asked: Invocation, action: str | None, member: str | None, replace: 
 
 
 @command(
+    "recover",
+    examples="""
+    slum server recover
+    slum server recover --yes
+    """,
+)
+def recover(asked: Invocation) -> None:
+    """Let this member go on alone, when a majority of the members is lost for good. Shows first what may be lost.
+
+    It keeps all that it holds and begins a new generation; whoever comes back is fenced and can join as a new member. Machines
+    and services are left as they are until `slum resume`. Refused while the others could go on without loss.
+    """
+    import sqlite3
+
+    from slum.ledger import identity
+    from slum.ledger.recover import examine
+    from slum.ledger.recover import recover as begin_anew
+    from slum.server import boot, founding
+
+    if identity.load(asked.home.state) is None:
+        raise ConfigError(
+            "this machine is no member of a replicated control plane",
+            hint=f"a control plane of one whose journal is damaged: python -m slum.ledger.recover --data-dir {asked.home.data}",
+        )
+    asked.note("stopping ledger and server of this member; services go on")
+    boot.shut_down_servers(asked.home)
+    try:
+        found = examine(asked.home.state)
+        if found.obstacle:
+            raise Conflict(f"{found.member} does not go on alone: {found.obstacle}", hint="nothing was changed")
+        for line in survivor_lines(found, time.time()):
+            asked.note(line)
+        if not consent(asked, f"Go on alone? Type the member's name, {found.member}", typed=found.member):
+            raise ConfigError("nothing was changed")
+        at = begin_anew(asked.home.state, actor=_actor(), now=time.time())
+    except (OSError, sqlite3.Error) as error:
+        raise SlumError(
+            f"{asked.home.state} cannot be read: {error}", hint="`slum server join` makes it a new member"
+        ) from error
+    finally:
+        _start(asked, again=False, wait=False)
+    boot.wait_for_api(asked.home)
+    _run(founding.seal_alone(asked.home, _actor()))
+    if asked.json:
+        asked.emit({"member": found.member, "generation": at.generation, "seq": at.seq, "missing": found.missing})
+        return
+    asked.say(f"{found.member} goes on alone with generation {at.generation}, sequence {at.seq}")
+    asked.say(
+        "next: look with `slum status` and `slum events`, then `slum resume`; until then machines are left as they are"
+    )
+    asked.say("      then `slum token new member`, and on each of the others `slum server join`: they are fenced")
+
+
+def survivor_lines(found: Survivor, now: float) -> list[str]:
+    """Say what a member holds that is to go on alone, and what may be lost by it."""
+    from slum.render import seconds
+
+    others = [name for name in found.members if name != found.member]
+    answering = ", ".join(one.member for one in found.reached) or "none"
+    lines = [
+        f"{found.member} of {len(found.members)} members; of {', '.join(others) or 'nobody else'} these answer: {answering}",
+        f"it holds all up to sequence {found.seq}, last event {seconds(max(0.0, now - found.last_at))} ago,"
+        f" and {found.unapplied} entries behind it, which are kept too",
+    ]
+    lines += [f"may be lost: {what}" for what in found.missing]
+    return lines
+
+
+@command(
     "install",
     examples="""
     slum server install
@@ -301,6 +368,8 @@ def run(asked: Invocation) -> None:
     For systemd and containers. SIGTERM ends it; services live on and are adopted by the next one.
     """
 
+    import os
+
     from slum.node.boot import check_keeper
     from slum.node.keeperclient import keeper_command
     from slum.server import boot
@@ -317,8 +386,42 @@ def server() -> None:
     """The control plane's members: make the first one, join, leave, replace, recover."""
 
 
-for _command in (init, join, leave, members, install, run):
+for _command in (init, join, leave, members, recover, install, run):
     server.add_command(_command)
+
+
+@contextmanager
+def _room(asked: Invocation, token: str) -> Iterator[None]:
+    """Have a folder for a new member, or the one that this *token* began with; what was there is moved aside, or back."""
+    from slum.ledger import fence, folder
+    from slum.server import boot, founding
+
+    state = asked.home.state
+    fenced = (state / fence.MARK).exists()
+    if not fenced and (folder.current(state) is None or founding.was_begun_with(asked.home, token)):
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        founding.begin_with(asked.home, token)
+        yield
+        return
+    if not (state / "member.json").exists():
+        raise ConfigError(
+            f"{asked.home.data} holds a control plane of its own",
+            hint="a member takes an empty data folder: choose another --data-dir and --run-dir",
+        )
+    if not consent(asked, f"This machine {'was fenced' if fenced else 'is a member already'}. Join as a new one?"):
+        raise ConfigError("nothing was changed", hint="--yes puts what it holds aside")
+    boot.shut_down_servers(asked.home)
+    aside = fence.set_aside(state, time.time())
+    try:
+        state.mkdir(mode=0o700)
+        founding.begin_with(asked.home, token)
+        yield
+    except BaseException:
+        state.rename(state.with_name(f"{state.name}-unfinished-{int(time.time())}"))
+        aside.rename(state)
+        boot.up(asked.home, wait=False)
+        raise
+    asked.note(f"what this machine held before is in {aside}")
 
 
 def _place(member: str, address: str, api_port: int, ledger_port: int, listen: str | None) -> Place:

@@ -7,6 +7,7 @@ finds what is done already; secrets are 0600 in Home.state and appear nowhere el
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 import socket
 import time
@@ -28,6 +29,8 @@ NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 COMMIT_S = 20.0
 POLL_S = 0.05
 ATTEMPTS = 5
+BEGUN = "joined-by"
+"""sha256 of the token."""
 
 
 class Place(Frozen):
@@ -130,6 +133,19 @@ def request(home: Home) -> str:
     return make_request(home.front_key.read_bytes())
 
 
+def begin_with(home: Home, token: str) -> None:
+    """Note which token this folder's member joins by."""
+    trust.write(home.state / BEGUN, _digest(token).encode())
+
+
+def was_begun_with(home: Home, token: str) -> bool:
+    """Tell whether this folder's member joins, or has joined, by that very *token*."""
+    try:
+        return (home.state / BEGUN).read_text() == _digest(token)
+    except FileNotFoundError:
+        return False
+
+
 def keep_answer(home: Home, answer: api.JoinAnswer) -> None:
     """Have on disk what a member's token brought; the ledger joins by it when it starts."""
     trust.write(home.authority_certificate, answer.ca.encode())
@@ -161,6 +177,19 @@ async def found_authority(home: Home, actor: str) -> str:
     return recovery
 
 
+async def seal_alone(home: Home, actor: str) -> None:
+    """Seal the authority's key to the members of now alone, after one went on without the others."""
+    reader = Reader(home.state)
+    try:
+        row = reader.authority()
+        if row is not None:
+            members = {member.recipient for member in reader.cluster().members}
+            async with connect(home.ledger_socket) as ledger:
+                await trust.seal_to(ledger, reader, home, drop=set(row.recipients) - members, actor=actor)
+    finally:
+        reader.close()
+
+
 async def open_front(home: Home, place: Place) -> None:
     """Make the front run and answer; this member has its certificate. The server, which keeps it, may be at it too."""
     for attempt in range(ATTEMPTS):
@@ -179,6 +208,10 @@ async def close_front(home: Home) -> None:
     async with await KeeperClient.connect(home) as keeper:
         await front.stop(keeper)
     front.forget(home)
+
+
+def _digest(token: str) -> str:
+    return hashlib.sha256(token.strip().encode()).hexdigest()
 
 
 def _has_key(reader: Reader, me: identity.Me) -> bool:
