@@ -13,7 +13,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import TypeVar
 
 from slum import log
-from slum.errors import QuorumLost, Unreachable
+from slum.errors import QuorumLost, SlumError, Unreachable
 from slum.ledger.commands import LeaderInfo, Ledger, Member, Proposal, Result
 from slum.ledger.status import LedgerStatus
 
@@ -32,8 +32,10 @@ SILENT_HINT = (
 class Link:
     """A Ledger over a connection that is kept by ``run``."""
 
-    def __init__(self, connect: Connect) -> None:
+    def __init__(self, connect: Connect, last_word: Callable[[], SlumError | None] = lambda: None) -> None:
+        """*last_word* gives what a ledger that will not start again has said."""
         self._connect = connect
+        self._last_word = last_word
         self._ledger: Ledger | None = None
         self._up = asyncio.Event()
         self._lost = asyncio.Event()
@@ -76,7 +78,7 @@ class Link:
         return await self._call(lambda ledger, left_s: ledger.wait(seq, deadline_s=left_s), deadline_s, spare_s=5.0)
 
     async def leader(self, *, deadline_s: float = 2.0) -> LeaderInfo:
-        return await self._call(lambda ledger, _left_s: ledger.leader(), deadline_s)
+        return await self._call(lambda ledger, _left_s: ledger.leader(), deadline_s, spare_s=0.0)
 
     @property
     def silent_s(self) -> float:
@@ -114,4 +116,7 @@ class Link:
                             self._up.clear()
                             self._lost.set()
         except TimeoutError:
+            said = self._last_word()
+            if said is not None:
+                raise QuorumLost(said.message, hint=said.hint, lasting=True) from None
             raise QuorumLost("the ledger does not answer", hint=SILENT_HINT) from None

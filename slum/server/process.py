@@ -20,6 +20,8 @@ from starlette.applications import Starlette
 
 from slum import log, wire
 from slum.alive import Alive
+from slum.errors import SlumError
+from slum.ledger import fence
 from slum.ledger.client import connect
 from slum.ledger.reader import Reader
 from slum.paths import Home, checked_home
@@ -91,7 +93,10 @@ def make_server(home: Home, remote: socket.socket) -> Server:
     """Return the server of *home*, not yet running; *remote* is where its front passes requests on."""
     stopping = asyncio.Event()
     control = Control(
-        home, Link(lambda: connect(home.ledger_socket)), View(Reader(home.state / "state.db")), dialler(home)
+        home,
+        Link(lambda: connect(home.ledger_socket), lambda: _last_word(home)),
+        View(Reader(home.state / "state.db")),
+        dialler(home),
     )
     tasks = {
         "ledger link": control.link.run(),
@@ -142,6 +147,15 @@ def listener(path: Path) -> socket.socket:
     """Return a listening socket at *path*, 0600 in a 0700 folder; it takes the name only once it listens."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     return listen_at(path, BACKLOG)
+
+
+def _last_word(home: Home) -> SlumError | None:
+    """Return why the ledger of *home* will not start again, where it has left word of that."""
+    try:
+        fence.check(home.state)
+    except SlumError as error:
+        return error
+    return None
 
 
 async def _vital(name: str, task: Awaitable[None], server: Server) -> None:
