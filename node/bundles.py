@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from slum.errors import ConfigError, SlumError
+from slum.errors import ConfigError
 from slum.model import Service
 from slum.node import trees
 from slum.paths import Home
@@ -122,18 +122,14 @@ def _entries(folder: Path, depth: int) -> list[Path]:
 
 
 async def _unpack(blob: Path, digest: str, final: Path, gid: int | None) -> None:
-    argv, env = trees.child_command("slum.node.unpack", blob, digest, final, -1 if gid is None else gid)
-    pipe, null = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
-    child = await asyncio.create_subprocess_exec(*argv, env=env, stdin=null, stdout=null, stderr=pipe)
-    try:
-        async with asyncio.timeout(UNPACK_TIMEOUT_S):
-            _, said = await child.communicate()
-    except TimeoutError as error:
-        raise SlumError(f"unpacking {final} took more than {UNPACK_TIMEOUT_S:.0f} s") from error
-    finally:
-        if child.returncode is None:
-            child.kill()
-            await child.wait()
-    if child.returncode != 0:
-        why = trees.last_words(said.decode(errors="replace"), child.returncode or 0)
+    why = await trees.run_child(
+        "slum.node.unpack",
+        blob,
+        digest,
+        final,
+        -1 if gid is None else gid,
+        timeout_s=UNPACK_TIMEOUT_S,
+        doing=f"unpacking {final}",
+    )
+    if why:
         raise ConfigError(f"bundle {digest[:12]} cannot be unpacked: {why}", hint="apply again from an intact source")

@@ -14,7 +14,7 @@ import msgspec
 from slum.errors import ConfigError, SlumError
 from slum.node import logfiles
 from slum.node.logreader import Request
-from slum.node.trees import child_command, last_words
+from slum.node.trees import child_command, last_words, run_child
 from slum.paths import Home
 
 GREP_BYTES_MAX = 500
@@ -76,17 +76,6 @@ async def compress_rotated(home: Home) -> None:
     """Compress the rotated log files that nobody touches any more, in a niced child; none is started for nothing."""
     if not await asyncio.to_thread(logfiles.compressible, home.logs, time.time()):
         return
-    argv, env = child_command("slum.node.logcompress", home.logs)
-    null, pipe = asyncio.subprocess.DEVNULL, asyncio.subprocess.PIPE
-    child = await asyncio.create_subprocess_exec(*argv, env=env, stdin=null, stdout=null, stderr=pipe)
-    try:
-        async with asyncio.timeout(COMPRESS_TIMEOUT_S):
-            _, said = await child.communicate()
-    except TimeoutError as error:
-        raise SlumError(f"compressing logs took more than {COMPRESS_TIMEOUT_S:.0f} s") from error
-    finally:
-        if child.returncode is None:
-            child.kill()
-            await child.communicate()
-    if child.returncode:
-        raise SlumError(f"cannot compress logs: {last_words(said.decode(errors='replace'), child.returncode)}")
+    why = await run_child("slum.node.logcompress", home.logs, timeout_s=COMPRESS_TIMEOUT_S, doing="compressing logs")
+    if why:
+        raise SlumError(f"cannot compress logs: {why}")

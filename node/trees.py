@@ -42,6 +42,28 @@ def in_child(verb: str, *arguments: object) -> None:
         raise SlumError(f"cannot {verb} {arguments[0]}: {last_words(done.stderr, done.returncode)}")
 
 
+async def run_child(module: str, *arguments: object, timeout_s: float, doing: str) -> str:
+    """Run ``python -m MODULE ARGUMENTS`` to its end without blocking; return "", or its last words when it failed.
+
+    SlumError, which says what it was *doing*, when it takes too long; it is killed then, and when we are cancelled.
+    """
+    import asyncio  # not at the top: the children of this module need to start soon
+
+    argv, env = child_command(module, *arguments)
+    null, pipe = asyncio.subprocess.DEVNULL, asyncio.subprocess.PIPE
+    child = await asyncio.create_subprocess_exec(*argv, env=env, stdin=null, stdout=null, stderr=pipe)
+    try:
+        async with asyncio.timeout(timeout_s):
+            _, said = await child.communicate()
+    except TimeoutError as error:
+        raise SlumError(f"{doing} took more than {timeout_s:.0f} s") from error
+    finally:
+        if child.returncode is None:
+            child.kill()
+            await child.communicate()
+    return last_words(said.decode(errors="replace"), child.returncode) if child.returncode else ""
+
+
 def last_words(said: str, status: int) -> str:
     """Return the last line that a failed child wrote, or how it ended."""
     lines = said.strip().splitlines()

@@ -136,37 +136,11 @@ async def _follow(control: Control, machine: str, query: LogsQuery, emit: Emit) 
 
 
 async def get_exec(call: Call) -> None:
-    query: ShellQuery = call.query
-    machine, instance = _target(call.control, query)
-    await _shell(
-        call,
-        machine,
-        wire.ExecRequest(
-            service=query.service,
-            id=instance,
-            command=query.command,
-            tty=query.tty,
-            rows=query.rows,
-            columns=query.columns,
-        ),
-    )
+    await _shell(call, wire.ExecRequest)
 
 
 async def get_run(call: Call) -> None:
-    query: ShellQuery = call.query
-    machine, instance = _target(call.control, query)
-    await _shell(
-        call,
-        machine,
-        wire.RunRequest(
-            service=query.service,
-            id=instance,
-            command=query.command,
-            tty=query.tty,
-            rows=query.rows,
-            columns=query.columns,
-        ),
-    )
+    await _shell(call, wire.RunRequest)
 
 
 def _target(control: Control, query: ShellQuery) -> tuple[str, str]:
@@ -181,8 +155,18 @@ def _target(control: Control, query: ShellQuery) -> tuple[str, str]:
     return chosen[0][0], chosen[0][2]
 
 
-async def _shell(call: Call, machine: str, request: wire.ExecRequest | wire.RunRequest) -> None:
+async def _shell(call: Call, kind: type[wire.ExecRequest] | type[wire.RunRequest]) -> None:
+    query: ShellQuery = call.query
     control = call.control
+    machine, instance = _target(control, query)
+    request = kind(
+        service=query.service,
+        id=instance,
+        command=query.command,
+        tty=query.tty,
+        rows=query.rows,
+        columns=query.columns,
+    )
     async with control.streams.open(control.hub.session(machine), request) as end:
         await call.websocket.accept()
         await pipe(call.websocket, end)
