@@ -100,7 +100,8 @@ def _say(asked: Invocation, done: object) -> None:
     asked.say("      slum resume             shows what would be done to machines and services, asks, goes on")
     if done.authority == "opened":
         asked.say("      slum server init --address HOST      then `slum token new member` for the other members")
-    asked.say("      write [backup] into server.toml when this cluster shall go on with the backup (docs/backup.md)")
+    if not asked.home.server_config.exists():
+        asked.say("      write [backup] into server.toml when this cluster shall go on with the backup (docs/backup.md)")
 
 
 def _key(file: str) -> str:

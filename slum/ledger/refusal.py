@@ -10,7 +10,8 @@ from slum.errors import SlumError
 
 RECOVER = "all that was acknowledged is in state.db: `python -m slum.ledger.recover --data-dir DIR` starts a new generation from it"
 RESTORE = (
-    "put back a copy of DIR/state made while the ledger was stopped, or move DIR/state away to begin an empty ledger "
+    "move DIR/state away, then `slum restore --from URL` brings back the backup; without one, put back a copy of DIR/state made "
+    "while the ledger was stopped, or begin an empty ledger "
     "(services keep running; apply the fleet again)"
 )
 
