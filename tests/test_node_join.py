@@ -99,6 +99,40 @@ async def test_a_lost_answer_strands_no_machine() -> None:
         assert await here.join(front, token=token), "the key of before is shown again, so the token is still its own"
 
 
+DIES = """
+import os, sys
+left = int(sys.argv.pop(1))
+def die(event, _):
+    global left
+    if event == "os.rename":
+        left -= 1
+        if left < 0:
+            os._exit(9)
+sys.addaudithook(die)
+from slum.cli.main import run
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+async def test_a_join_that_is_killed_before_any_of_its_files_is_resumed() -> None:
+    async with fleet() as (whole, [front]), node() as here:
+        token = whole.token()
+        folders = ("--data-dir", str(here.home.data), "--run-dir", str(here.home.run))
+        codes: list[int | None] = []
+        while not codes or (codes[-1] == 9 and len(codes) < 20):
+            child = await asyncio.create_subprocess_exec(
+                sys.executable, "-c", DIES, str(len(codes)), *folders, "join", front.url, "--token-file", "-", "--no-start",
+                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL,
+            )  # fmt: skip
+            await child.communicate(token.encode())
+            codes.append(child.returncode)
+        assert codes[-1] == 0
+        assert len(codes) >= 7, "it died before each of its files"
+        assert len(whole.bound) == 1
+        homes.tls(here.home)
+        assert json.loads(here.home.identity.read_bytes())["machine"] == "node:here.1"
+
+
 async def test_a_used_token_is_refused_to_another_machine() -> None:
     async with fleet() as (whole, [front]), node() as here, node() as thief:
         token = whole.token()
