@@ -223,6 +223,7 @@ def install(_requests: BinaryIO, name: str, wheels: dict[str, str]) -> Fields:
     _synced(new)
     os.rename(new / "venv", target)
     shutil.rmtree(new)
+    _prune(name, set(wheels.values()))
     return {"output": output}
 
 
@@ -303,6 +304,22 @@ def _tidy() -> None:
         for path in _children(folder, hidden=True):
             if path.name.startswith(".slum-new-"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _prune(name: str, wheels: set[str]) -> None:
+    """Remove what is installed beside *name* and run by nobody, and wheels that are not among *wheels* (digests)."""
+    used = {_agent_python()}
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            used.add(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace"))
+        except OSError:
+            continue  # it has ended
+    old = [one for one in _children(OPT) if one not in (OPT / name, WHEELS)]
+    unused = [one for one in old if not any(program.startswith(f"{one}/") for program in used)]
+    for path in (*unused, *(one for one in _children(WHEELS) if one.name not in wheels)):
+        gone = OPT / f".slum-new-{secrets.token_hex(6)}"  # never there in part under its own name
+        os.rename(path, gone)
+        shutil.rmtree(gone)
 
 
 def _synced(folder: Path) -> None:

@@ -12,21 +12,25 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+import ssh_support
 from fakes.cloud import QuickClock
 from fakes.fly import FakeFly
 from fakes.hetzner import FakeHetzner
+from ssh_hosts import Shape, require
+from ssh_hosts import a_site as a_site_of
 
 from slum import model
-from slum.errors import ConfigError, OperatorError
+from slum.errors import OperatorError
 from slum.node.keeperclient import KeeperClient, start_detached
 from slum.node.types import Respawn, Spawn
 from slum.operators.base import Join, MachineSpec, Operator
 from slum.operators.fly import Fly
 from slum.operators.hetzner import Hetzner
 from slum.operators.local import Local, Site
-from slum.operators.registry import make_operator, why_unavailable
+from slum.operators.ssh import Ssh
 from slum.paths import Home
 from slum.server.boot import down
 
@@ -90,10 +94,26 @@ def fly_bench() -> Iterator[Bench]:
         yield Bench(*(Fly(definition, clock=clock, env=env) for _ in range(2)))
 
 
-BENCHES: dict[str, Callable[[], object]] = {"fly": fly_bench, "hetzner": hetzner_bench, "local": local_bench}
+@contextmanager
+def ssh_bench() -> Iterator[Bench]:
+    require()
+    with a_site_of(Shape(), Shape()) as hosts, TemporaryDirectory() as folder:
+        definition = ssh_support.a_definition(hosts.key, [host.address for host in hosts.hosts])
+        place = ssh_support.a_site(Path(folder))
+        yield Bench(*(Ssh(definition, place, houses=ssh_support.StandIns(Path(folder))) for _ in range(2)))
 
 
-@pytest.fixture(params=sorted(BENCHES))
+BENCHES: dict[str, Callable[[], object]] = {
+    "fly": fly_bench,
+    "hetzner": hetzner_bench,
+    "local": local_bench,
+    "ssh": ssh_bench,
+}
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=pytest.mark.root if name == "ssh" else ()) for name in sorted(BENCHES)]
+)
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     with BENCHES[request.param]() as made:  # type: ignore[attr-defined]
         yield made
@@ -199,14 +219,3 @@ async def test_local_without_a_keeper_is_an_operator_error() -> None:
             await Local(a_site(home)).create(spec())
     finally:
         shutil.rmtree(home.data)
-
-
-def test_operators_that_are_not_here_say_so() -> None:
-    ssh = model.SshOperator(name="vps", hosts=(model.SshHost(host="vps.example"),))
-    assert why_unavailable(ssh) == "operator type ssh is not part of this version; see docs/status.md"
-    assert why_unavailable(model.LocalOperator(name="local")) == ""
-    site = Site(
-        home=Home(data=Path("/d"), run=Path("/r")), member="m1", agent=Spawn(name="agent", argv=("true",), env={})
-    )
-    with pytest.raises(ConfigError, match=r"operators\.vps: operator type ssh"):
-        make_operator(ssh, site)
