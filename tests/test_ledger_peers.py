@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from slum.errors import InvariantError
 from slum.ledger.commands import Member
 from slum.ledger.election import Election
-from slum.ledger.judge import Ahead, Behind, Refuse, Same, Verdict, judge
+from slum.ledger.judge import Ahead, Behind, Fenced, Refuse, Same, Verdict, judge
 from slum.ledger.overlap import fit
 from slum.ledger.peerwire import (
     FRAME_BYTES_MAX,
@@ -83,7 +83,6 @@ def test_where_another_stands(fields: dict[str, object], verdict: Verdict) -> No
         ({"cluster": "other"}, "is of cluster other"),
         ({"incarnation": "new"}, "has lost its disk"),
         ({"generation": 6}, "which 7 has replaced"),
-        ({"generation": 8}, "generation 8 has replaced 7"),
         ({"lineage": "k"}, "began twice"),
         ({"chain0": "ab"}, "another history before epoch 3"),
         ({"epoch": 2, "chain0": "23"}, "another history before epoch 2"),
@@ -93,6 +92,12 @@ def test_who_is_refused(fields: dict[str, object], why: str) -> None:
     verdict = judged(hello("m2", **fields))
     assert isinstance(verdict, Refuse)
     assert why in verdict.why
+
+
+def test_a_later_generation_ends_ours() -> None:
+    assert judged(hello("m2", generation=8)) == Fenced(8)
+    assert isinstance(judged(hello("m2", generation=8), known=None), Refuse), "a stranger fences nobody"
+    assert isinstance(judged(hello("m2", generation=8, cluster="other")), Refuse)
 
 
 def test_strangers_and_doubles_are_refused() -> None:

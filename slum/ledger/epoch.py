@@ -36,6 +36,7 @@ class Epoch:
         stands: bool,
     ) -> None:
         now = world.clock()
+        self.begun_at = now
         self.place: Place = (position.generation, position.epoch)
         self.journal = journal
         self.skip = skip

@@ -42,6 +42,11 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def create_private(path: Path) -> int:
+    """Open a new file at *path* for writing, for us alone, and return its descriptor."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+
+
 def current(folder: Path) -> Path | None:
     """Return the path of the current state file, or None in a folder without a ledger."""
     try:

@@ -29,11 +29,18 @@ class Ahead:
 
 
 @dataclass(frozen=True, slots=True)
+class Fenced:
+    """The other, whom we know, is of a later generation: ours is over, and so are we."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
 class Refuse:
     why: str
 
 
-Verdict = Same | Behind | Ahead | Refuse
+Verdict = Same | Behind | Ahead | Fenced | Refuse
 
 
 def judge(
@@ -65,7 +72,7 @@ def judge(
     if theirs.generation != mine.generation:
         if theirs.generation < mine.generation:
             return Refuse(f"{theirs.member} is of generation {theirs.generation}, which {mine.generation} has replaced")
-        return Refuse(f"generation {theirs.generation} has replaced {mine.generation}, which this member is in")
+        return Fenced(theirs.generation)
     if theirs.lineage != mine.lineage:
         return Refuse(f"{theirs.member} has another history: generation {mine.generation} began twice")
     if theirs.epoch > mine.epoch:

@@ -237,7 +237,8 @@ class Links:
         if link.is_up and self._up.get(peer) is link:
             del self._up[peer]
             # What it sent before is void with it: a message of an old connection may never follow one of a new.
-            self._events = [event for event in self._events if event.peer != peer]
+            # That it came, and with which hello, stays: it may have been refused, or be of a later generation.
+            self._events = [event for event in self._events if event.peer != peer or isinstance(event, Up)]
             self._events.append(Down(peer, why))
         if self._said.get(peer) != why:
             self._said[peer] = why

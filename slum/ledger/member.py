@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from slum.errors import InvariantError
-from slum.ledger import disk, folder, identity, journal, replay, sealing
+from slum.ledger import disk, fence, folder, identity, journal, replay, sealing
 from slum.ledger.adopt import adopt, is_our_future, who
 from slum.ledger.beginning import Note
 from slum.ledger.catchup import CatchUp
@@ -31,6 +31,7 @@ from slum.ledger.peers import Peers
 from slum.ledger.peerwire import VERSION, Hello, Part, Place, Relay, RelayRefused, Tail, WantCopy, WantTail
 from slum.ledger.proposer import Proposer
 from slum.ledger.relay import Relays
+from slum.ledger.rows import Rows
 from slum.ledger.schema import EpochRow, Position
 from slum.ledger.state import Applied, State
 from slum.ledger.status import LedgerStatus, Sight, report
@@ -58,7 +59,6 @@ class Member:
         self.proposer = Proposer()
         self._relays = Relays(self.proposer, post=self._net.send, clock=world.clock)
         self._changes = Changes()
-        self._guests: dict[str, MemberRow] = {}
         self._failure: BaseException | None = None
         self._next: tuple[EpochRow, journal.Journal] | None = None
         self._linger_until = 0.0
@@ -70,9 +70,12 @@ class Member:
         self._history: Mapping[Place, str] = state.history()
         opened_journal, skip = replay.open_epoch(home, state, config.epoch_bytes, note)
         folder.remove_old_journals(home, state.epochs(2))
-        self._peers = Peers(self._net, self, clock=world.clock, now=world.now, note=note)
+        self._rows = Rows(home, world.apart)
+        self._peers = Peers(self._net, self, rows=self._rows, clock=world.clock, now=world.now, note=note)
+        self._former = {row.id: row for row in fence.former(home)}
+        self._guests: dict[str, MemberRow] = self._former
         self._catch_up = CatchUp(home, self, post=self._net.send, clock=world.clock, apart=world.apart, note=note)
-        self._watch = Watch(self._me.id, self._peers, guard, clock=world.clock, note=note)
+        self._watch = Watch(self._me.id, self._peers, self._rows, guard, clock=world.clock, note=note)
         self._epoch = self._made(opened_journal, skip)
         self._offers = Offers(
             self,
@@ -164,7 +167,7 @@ class Member:
 
         Raises OSError or SlumError when the disk fails or an entry cannot be applied: the member is then dead.
         """
-        self._watch.look()
+        self._watch.look(self.position.members)
         if self._offers.is_ready:
             self._offers.note(self._watch.news(self._world.now()))
         self._relays.tell()
@@ -273,7 +276,7 @@ class Member:
         left = ended.is_member and all(row.id != self._me.id for row in members)
         self._me = who(self._home, self.position)
         self._offers.settle_later(changed=was.keys() != {row.id for row in members}, leaves=left)
-        self._guests = sealing.guests_after(was, members, self._me.id)
+        self._guests = {**self._former, **sealing.guests_after(was, members, self._me.id)}
         self._epoch = self._made(fresh, replay.Skip(self.state, checked=True))
         self._begin()
 
@@ -294,6 +297,8 @@ class Member:
 
     def _begin(self) -> None:
         """Tell everybody here that another epoch runs."""
+        if self._config.hash_rows and self.position.applied == 0 and self._epoch.wire is not None:
+            self._rows.begin(self.place, self.state.path)
         self._offers.begin_epoch()
         self._catch_up.begin_epoch()
         self._connect()
@@ -302,23 +307,26 @@ class Member:
         )
 
     def let_in(self, row: MemberRow) -> None:
-        if row.id not in self._guests:
+        if self._guests.get(row.id) != row:
             self._guests = {**self._guests, row.id: row}
             self._connect()
 
     def _known(self) -> dict[str, MemberRow]:
-        return {**self._epoch.rows, **self._guests}
+        return {**self._guests, **self._epoch.rows}
 
     def _connect(self) -> None:
         """Connect to the members; a guest calls by itself, and a learner calls everyone."""
         known = self._known()
         dial = {name for name in self._epoch.rows if self._me.id < name or not self._epoch.is_member}
+        # Those of a generation that is over are told so.
+        dial |= self._former.keys() & known.keys()
         self._net.set_members(tuple(known.values()), self._hello, dial)
         self._peers.know(known)
 
     def _hello(self) -> Hello:
         at, (last_term, last_index) = self.position, self._epoch.journal.last
         generation, epoch = self.place
+        rows = self._rows.mine
         return Hello(
             version=VERSION,
             cluster=at.cluster_id,
@@ -333,6 +341,8 @@ class Member:
             seq=at.seq,
             protocol=PROTOCOL,
             run=self._run,
+            rows_at=rows.place if rows else (0, 0),
+            rows=rows.hash if rows else "",
         )
 
     # --- what peers bring --------------------------------------------------------------------------------------------
@@ -349,6 +359,11 @@ class Member:
 
     def on_relay_refused(self, peer: str, message: RelayRefused) -> None:
         self._relays.on_refused(message)
+
+    def on_fenced(self, peer: str, generation: int) -> None:
+        log, mine = self._epoch.journal, self.position.generation
+        applied = len(log) if self.sealed else self.position.applied
+        raise fence.replaced(self._home, log, applied, by=peer, generation=generation, mine=mine)
 
     def journal_of(self, place: Place) -> journal.Journal | None:
         """Return the journal of *place* if it is this epoch's or the one before."""
@@ -370,7 +385,7 @@ class Member:
         self._retained.close()
         self.state.close()
         self.state = adopt(self._home, path, self._config)
-        self._guests = {}
+        self._guests = self._former
         self._offers.settle_later(changed=False, leaves=False)
         self._me = who(self._home, self.position)
         self._history = self.state.history()

@@ -166,7 +166,9 @@ class Offers:
         epoch, at = self._member.epoch, self._member.position
         changed = self._changes.due(at.members, epoch.me, self._member.let_in, self._here(at.seq), self._world.clock())
         journal = epoch.journal
-        return due_seal(at.members, changed, self._member.own_row, len(journal), journal.size_bytes, self._config)
+        age_s = self._world.clock() - epoch.begun_at
+        own = self._member.own_row
+        return due_seal(at.members, changed, own, len(journal), journal.size_bytes, age_s, self._config)
 
     def _here(self, seq: int) -> dict[str, int]:
         """Return how many entries each that is connected and in this epoch is behind."""

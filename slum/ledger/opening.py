@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from slum.errors import invariant
-from slum.ledger import disk, folder, journal
+from slum.ledger import disk, fence, folder, journal
 from slum.ledger.beginning import Note, current_or_new
 from slum.ledger.member import Member
 from slum.ledger.net import Alone
+from slum.ledger.refusal import RECOVER, REJOIN, Refusal
 from slum.ledger.state import State
 from slum.ledger.world import Config, World, real_world
 
@@ -41,6 +42,7 @@ def opened(
     own = real_world(Alone(), now) if world is None else world
     try:
         with folder.locked(home):
+            fence.check(home)
             guard = disk.Guard(home, disk.marks(config.ballast_bytes, config.epoch_bytes + journal.SLACK_BYTES))
             for event in guard.check(time.monotonic()):
                 note(event, free_bytes=guard.free_bytes)
@@ -49,7 +51,13 @@ def opened(
             path = current_or_new(home, config.epoch_bytes, now(), note)
             state = State.open(path, results_kept=config.results_kept)
             try:
-                member = Member(home, config, state, guard, run=run, note=note, world=own)
+                try:
+                    member = Member(home, config, state, guard, run=run, note=note, world=own)
+                except Refusal as error:
+                    if error.hint != RECOVER or len(state.position.members) == 1:
+                        raise
+                    # What was acknowledged may be in others' logs and not yet in this state.db.
+                    raise Refusal(error.message, hint=REJOIN) from error
                 try:
                     yield member
                 finally:

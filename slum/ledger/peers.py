@@ -14,7 +14,7 @@ from typing import Protocol
 from slum.ledger.beginning import Note
 from slum.ledger.clocks import Offset
 from slum.ledger.commands import Member
-from slum.ledger.judge import Refuse, judge
+from slum.ledger.judge import Fenced, Refuse, judge
 from slum.ledger.net import Down, Event, Got, Net, Up
 from slum.ledger.peerwire import (
     STASH_MAX,
@@ -37,6 +37,7 @@ from slum.ledger.peerwire import (
     WantCopy,
     WantTail,
 )
+from slum.ledger.rows import Rows
 from slum.ledger.status import Sight
 from slum.ledger.transport import Wire
 
@@ -55,6 +56,10 @@ class Desk(Protocol):
 
     def on_relay_refused(self, peer: str, message: RelayRefused) -> None: ...
 
+    def on_fenced(self, peer: str, generation: int) -> None:
+        """*peer* is of a later generation than we are."""
+        ...
+
 
 @dataclass(slots=True)
 class _Peer:
@@ -68,8 +73,16 @@ class _Peer:
 
 class Peers:
     def __init__(
-        self, net: Net, desk: Desk, *, clock: Callable[[], float], now: Callable[[], float], note: Note
+        self,
+        net: Net,
+        desk: Desk,
+        *,
+        rows: Rows,
+        clock: Callable[[], float],
+        now: Callable[[], float],
+        note: Note,
     ) -> None:
+        self.rows = rows
         self._net = net
         self._desk = desk
         self._clock = clock
@@ -151,8 +164,16 @@ class Peers:
         now = self._clock()
         if now >= self._next_ping:
             self._next_ping = now + PING_S
+            mine = self.rows.mine
+            ping = Ping(
+                place=self._place,
+                seq=seq,
+                at=self._now(),
+                rows_at=mine.place if mine else (0, 0),
+                rows=mine.hash if mine else "",
+            )
             for name in self._peers:
-                self._net.send(name, Ping(place=self._place, seq=seq, at=self._now()))
+                self._net.send(name, ping)
 
     def handle(self, event: Event) -> None:
         match event:
@@ -182,6 +203,9 @@ class Peers:
             history=self._history,
             acknowledged=self._wire.acknowledged(name) if self._wire is not None else 0,
         )
+        if isinstance(verdict, Fenced):
+            self._desk.on_fenced(name, verdict.generation)
+            return
         if isinstance(verdict, Refuse):
             if self._refused.get(name) != verdict.why:
                 self._refused[name] = verdict.why
@@ -190,12 +214,14 @@ class Peers:
             return
         self._refused.pop(name, None)
         self._peers[name] = _Peer(place=theirs.place, seq=theirs.seq, protocol=theirs.protocol, heard_at=self._clock())
+        self.rows.heard(name, theirs.rows_at, theirs.rows)
         self._look(name, self._peers[name])
 
     def _got(self, name: str, peer: _Peer, message: Message) -> None:
         match message:
             case Ping():
                 peer.place, peer.seq = max(peer.place, message.place), message.seq
+                self.rows.heard(name, message.rows_at, message.rows)
                 peer.clock.say(peer.heard_at, message.at - self._now())
                 self._look(name, peer)
             case WantTail() | Tail() | WantCopy() | Part():

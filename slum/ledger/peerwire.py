@@ -52,6 +52,9 @@ class Hello(_Message, tag="hello"):
     protocol: int
     run: str
     """Random, one a process."""
+    rows_at: Place = (0, 0)
+    rows: str = ""
+    """The hash of all rows at the beginning of epoch *rows_at*."""
 
     @property
     def place(self) -> Place:
@@ -122,6 +125,8 @@ class Ping(_Message, tag="ping"):
     place: Place
     seq: int
     at: float
+    rows_at: Place = (0, 0)
+    rows: str = ""
 
 
 class WantTail(_Message, tag="want_tail"):

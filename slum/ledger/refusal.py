@@ -15,6 +15,11 @@ RESTORE = (
     "(services keep running; apply the fleet again)"
 )
 
+REJOIN = (
+    "the other members have everything: remove this one there (`slum server members remove NAME`), move DIR/state away and join as "
+    "new; if a majority of them is lost for good, run `slum server recover` on the one that has most"
+)
+
 
 class Refusal(SlumError):
     """The ledger does not start; *hint* is the way out. Nothing was changed."""

@@ -17,6 +17,7 @@ from slum.frozen import Frozen
 from slum.ledger.commands import Member
 from slum.ledger.refusal import RESTORE, Damaged, Refusal
 
+HASHED_ROWS = 200
 SCHEMA = 1
 
 _TABLES = """
@@ -224,6 +225,8 @@ def row_hash(db: sqlite3.Connection) -> str:
     for name in sorted(row[0] for row in names.fetchall()):
         keys = [r[1] for r in sorted(db.execute(f"PRAGMA table_info({name})"), key=lambda r: r[5]) if r[5]]
         digest.update(f"{name}\n".encode())
-        for row in db.execute(f"SELECT * FROM {name} ORDER BY {', '.join(keys)}"):
-            digest.update(msgspec.msgpack.encode(row))
+        rows = db.execute(f"SELECT * FROM {name} ORDER BY {', '.join(keys)}")
+        # Some at a time: beside a thread that must not wait long for the interpreter.
+        while some := rows.fetchmany(HASHED_ROWS):
+            digest.update(msgspec.msgpack.encode(some))
     return digest.hexdigest()

@@ -11,6 +11,7 @@ from slum.ledger.commands import Member, Seal
 from slum.ledger.schema import Position
 from slum.ledger.world import Config
 
+AGE_S_MAX = 86400.0
 LINGER_S = 0.05
 LINGER_ENTRIES = 20
 
@@ -21,9 +22,10 @@ def due_seal(
     own: Member | None,
     entries: int,
     size_bytes: int,
+    age_s: float,
     config: Config,
 ) -> Seal | None:
-    """Return the Seal that is due in an epoch of so many *entries* and bytes.
+    """Return the Seal that is due in an epoch of so many *entries*, bytes and seconds.
 
     *changed* are the next members when a change can be made now, *own* is our row as the folder's identity has it.
     """
@@ -33,6 +35,8 @@ def due_seal(
         return Seal(members=(own,), why=f"{own.id} got a key")
     if entries >= config.epoch_entries or size_bytes >= config.epoch_bytes:
         return Seal(members=members)
+    if age_s >= AGE_S_MAX and len(members) > 1:
+        return Seal(members=members, why="a day has passed: all rows are compared")
     return None
 
 

@@ -88,6 +88,10 @@ class State:
             raise
         return state
 
+    @property
+    def path(self) -> Path:
+        return self._path
+
     def close(self) -> None:
         self._db.close()
 

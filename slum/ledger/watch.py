@@ -1,16 +1,19 @@
-"""What a member keeps an eye on beside the log: its disk and the clocks, and which alarms it raises.
+"""What a member keeps an eye on beside the log: its disk, the clocks, the others' rows; and which alarms it raises.
 
-Looks, notes what changed in the log, and keeps what status() shows as alarms. Acts on nothing but the ballast file.
+Looks, notes what changed in the log, and keeps what status() shows as alarms. Acts on nothing but the ballast file and, when
+this member must serve no more, the mark that says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
-from slum.ledger import clocks, disk
+from slum.ledger import clocks, disk, fence
 from slum.ledger.beginning import Note
-from slum.ledger.commands import NoteEvent
+from slum.ledger.commands import Member, NoteEvent
 from slum.ledger.peers import Peers
+from slum.ledger.refusal import REJOIN
+from slum.ledger.rows import Differ, Rows
 from slum.ledger.status import Alarm
 
 CLOCKS_PERIOD_S = 0.3
@@ -18,13 +21,17 @@ CLOCK_HINT = "set it right (chrony or systemd-timesyncd keep it so); nothing was
 
 
 class Watch:
-    def __init__(self, me: str, peers: Peers, guard: disk.Guard, *, clock: Callable[[], float], note: Note) -> None:
+    def __init__(
+        self, me: str, peers: Peers, rows: Rows, guard: disk.Guard, *, clock: Callable[[], float], note: Note
+    ) -> None:
         self._me = me
         self._peers = peers
         self._guard = guard
         self._clock = clock
         self._note = note
         self._next_clocks = 0.0
+        self._rows = rows
+        self._rows_differ: Differ | None = None
         self._wrong: dict[str, float] = {}
         self._differ: dict[str, float] = {}
         self._told: frozenset[str] = frozenset()
@@ -33,14 +40,30 @@ class Watch:
     def own_clock_is_wrong(self) -> bool:
         return self._me in self._wrong
 
-    def look(self) -> None:
-        """Look at what is due."""
+    def look(self, members: Collection[Member]) -> None:
+        """Look at what is due; raise the Refusal that ends this member when a majority of *members* has other rows."""
         for event in self._guard.check(self._clock()):
             self._note(event, free_bytes=self._guard.free_bytes)
         now = self._clock()
         if now >= self._next_clocks:
             self._next_clocks = now + CLOCKS_PERIOD_S
             self._look_at_clocks()
+            self._look_at_rows({row.id for row in members})
+
+    def _look_at_rows(self, members: Collection[str]) -> None:
+        was, self._rows_differ = self._rows_differ, self._rows.differ(members)
+        differ = self._rows_differ
+        if differ is None or differ == was:
+            return
+        self._note("rows_differ", peers=differ.peers)
+        if differ.certain and self._me in members:
+            at = self._rows.mine.place[1] if self._rows.mine is not None else 0
+            raise fence.refuse_for_good(
+                self._guard.folder,
+                f"the rows of {self._me}'s state.db were not those of {', '.join(differ.peers)} at the beginning of epoch {at}: "
+                "this member serves no more",
+                REJOIN,
+            )
 
     def _look_at_clocks(self) -> None:
         offsets = self._peers.offsets
@@ -62,7 +85,11 @@ class Watch:
 
     def alarms(self, leader: str | None) -> tuple[Alarm, ...]:
         """Return what is wrong with this member, or as it sees it; *leader* is who leads."""
-        found = []
+        found, differ = [], self._rows_differ
+        if differ is not None:
+            why = f"its rows and those of {', '.join(differ.peers)} differ, and there is no majority to tell whose are wrong"
+            hint = "bring the other members back: whoever differs from a majority stops by itself"
+            found.append(Alarm(kind="rows_differ", member=self._me, why=why, hint=hint))
         if leader is None:
             why = "nobody leads, as far as this member knows: nothing can be changed"
             found.append(Alarm(kind="no_leader", member=self._me, why=why, hint="bring a majority of the members back"))

@@ -22,6 +22,8 @@ class Config(Frozen):
     ballast_bytes: int = 128 << 20
     results_kept: int = RESULTS_KEPT
     """Part of the replicated state: the same on every member, changed in tests only."""
+    hash_rows: bool = True
+    """Compare all rows with the other members' at each Seal."""
     timing: Timing = Timing()
 
 

@@ -46,7 +46,11 @@ class Schedule:
             election_min_s=0.4 * hurry, election_max_s=0.8 * hurry, fallback_s=0.8 * hurry, heartbeat_s=0.1 * hurry
         )
         config = Config(
-            epoch_entries=chance.choice([8, 12, 20, 30, 200_000]), epoch_bytes=1 << 14, ballast_bytes=0, timing=timing
+            epoch_entries=chance.choice([8, 12, 20, 30, 200_000]),
+            epoch_bytes=1 << 14,
+            ballast_bytes=0,
+            timing=timing,
+            hash_rows=chance.random() < 0.25,
         )
         self.trace = trace
         self.troubles = troubles

@@ -155,7 +155,7 @@ class Switch:
             for name, other in ((a, b), (b, a)):
                 if name in self.nets:
                     events = self.nets[name].events
-                    events[:] = [event for event in events if event.peer != other]
+                    events[:] = [event for event in events if event.peer != other or isinstance(event, Up)]
                     events.append(Down(other, "broken"))
 
 
