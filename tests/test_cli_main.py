@@ -23,8 +23,8 @@ from slum.cli.main import COMMANDS, run, slum
 MANUAL = (Path(__file__).resolve().parents[1] / "docs" / "cli.md").read_text()
 HELP_IMPORTS = {"slum", "slum.cli", "slum.cli.base", "slum.cli.main", "slum.errors", "__future__", "__main__"}
 """All that `slum --help` may import beyond what `import click` does."""
-NOT_RUN = {"up", "down", "server"}
-"""Examples that would start or stop the real thing; the end-to-end tests do."""
+NOT_RUN = {"up", "down", "server", "at", "diff", "backup", "restore", "resume"}
+"""Examples that would start or stop the real thing, or need a backup; the end-to-end tests do."""
 
 
 def commands() -> Iterator[tuple[str, click.Command]]:

@@ -129,5 +129,15 @@ EXAMPLES: dict[Any, object] = {
     api.Progress: api.Progress(
         what="instance", name="here/notes/main", service="notes", state="healthy", took_s=0.3, final=True, serving=1
     ),
+    api.PauseView: api.PauseView(
+        paused=True,
+        since=1_800_000_000.0,
+        actor="root@m1",
+        why="restored sequence 48211 from s3://my-backups/fleet",
+        steps=(api.PauseStep(what="stop", machine="here", service="notes", id="main"),),
+        waiting=("operator eu has not been seen",),
+    ),
+    api.ResumeRequest: api.ResumeRequest(request_id=_REQUEST_ID, host="laptop"),
+    api.Resumed: api.Resumed(seq=48215, changed=True),
     api.LogLine: _LINE,
 }
