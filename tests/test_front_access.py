@@ -22,7 +22,7 @@ from slum.server.app import ROUTES
 from slum.server.peer import MAY, Access, visitor_of
 from slum.server.route import Kind, Route
 
-pytestmark = pytest.mark.xdist_group("front")
+pytestmark = pytest.mark.xdist_group("front-access")
 REFUSED = (401, 403)
 
 

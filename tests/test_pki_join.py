@@ -30,7 +30,7 @@ from slum.pki import authority, request, tokens
 from slum.server import trust
 from slum.server.attempts import AT_ONCE, Attempts, source_of
 
-pytestmark = pytest.mark.xdist_group("front")
+pytestmark = pytest.mark.xdist_group("pki-join")
 SLUM = Path(sys.executable).with_name("slum")
 
 
