@@ -87,6 +87,37 @@ EXAMPLES: dict[Any, object] = {
         tenements=(_TENEMENT,),
         counts={"healthy": 1},
     ),
+    api.ClusterView: api.ClusterView(
+        member="m1",
+        cluster="0a1b2c3d",
+        role="leader",
+        leader="m1",
+        generation=1795000000000,
+        epoch=3,
+        term=1,
+        seq=14,
+        age_s=0.0,
+        majority=True,
+        protocol=1,
+        members=(
+            api.ClusterMember(
+                id="m1",
+                role="leader",
+                address="10.0.0.1:7444",
+                api="10.0.0.1:7443",
+                epoch=3,
+                seq=14,
+                lag=0,
+                contact_s=0.0,
+                clock_off_s=0.0,
+                protocol=1,
+                certificate_s=7776000.0,
+                followed=True,
+            ),
+        ),
+    ),
+    api.MembersRequest: api.MembersRequest(remove="m3", host="laptop"),
+    api.MembersChanged: api.MembersChanged(members=("m1", "m2", "m4")),
     api.State: api.State(
         revision=1,
         fleet=_FLEET,
@@ -98,6 +129,16 @@ EXAMPLES: dict[Any, object] = {
     api.FleetDoc: api.FleetDoc(revision=1, fleet=_FLEET, digest="ab12" * 16, at=1795000000.1, actor="root@laptop"),
     api.ApplyRequest: api.ApplyRequest(fleet=_FLEET, base_revision=0, request_id=_REQUEST_ID, host="laptop"),
     api.Applied: api.Applied(revision=1, seq=12, changed=True),
+    api.PauseView: api.PauseView(
+        paused=True,
+        since=1_800_000_000.0,
+        actor="root@m1",
+        why="restored sequence 48211 from s3://my-backups/fleet",
+        steps=(api.PauseStep(what="stop", machine="here", service="notes", id="main"),),
+        waiting=("operator eu has not been seen",),
+    ),
+    api.ResumeRequest: api.ResumeRequest(request_id=_REQUEST_ID, host="laptop"),
+    api.Resumed: api.Resumed(seq=48215, changed=True),
     api.FleetCheck: api.FleetCheck(
         problems=('operators.eu.server_type: "cx21" is not known; there is cx23, cx33, cx43',)
     ),
@@ -129,15 +170,5 @@ EXAMPLES: dict[Any, object] = {
     api.Progress: api.Progress(
         what="instance", name="here/notes/main", service="notes", state="healthy", took_s=0.3, final=True, serving=1
     ),
-    api.PauseView: api.PauseView(
-        paused=True,
-        since=1_800_000_000.0,
-        actor="root@m1",
-        why="restored sequence 48211 from s3://my-backups/fleet",
-        steps=(api.PauseStep(what="stop", machine="here", service="notes", id="main"),),
-        waiting=("operator eu has not been seen",),
-    ),
-    api.ResumeRequest: api.ResumeRequest(request_id=_REQUEST_ID, host="laptop"),
-    api.Resumed: api.Resumed(seq=48215, changed=True),
     api.LogLine: _LINE,
 }
