@@ -1,9 +1,9 @@
 """The first process of a node's container: ``python -m slum.node.container``. It joins once, then minds the keeper.
 
 Where to join is said by the environment (SLUM_SERVER, SLUM_MACHINE, and the token by SLUM_JOIN_TOKEN or SLUM_JOIN_TOKEN_FILE).
-Then it replaces itself by its second half, which is started without any of that, so that no process of the machine shows the
-token, and without the megabytes that joining took. That half starts the keeper, again if it ends, reaps what is orphaned,
-and at SIGTERM ends services before itself: nobody else lives on in a container that stops.
+Joining is the command's, which then becomes this module's second half (``become``): started without any of that, so that no
+process of the machine shows the token, and without the megabytes that joining took. That half starts the keeper, again if
+it ends, reaps what is orphaned, and at SIGTERM ends services before itself: nothing lives on in a container that stops.
 """
 
 from __future__ import annotations
@@ -33,12 +33,11 @@ PACKET_BYTES_MAX = 128 << 10
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Join and become the second half; with --keep DATA RUN be that."""
-    if arguments[:1] == ["--keep"]:
-        return keep(arguments[1], arguments[2])
-    from slum.cli.main import run
-
-    return run(["join", "--foreground", "--wait", str(WAIT_S), *arguments])
+    """Join, which becomes the second half when it is done; with --keep DATA RUN be that."""
+    if arguments[:1] != ["--keep"]:
+        command = [sys.executable, "-P", "-m", "slum.cli.main", "join", "--foreground", "--wait", str(WAIT_S)]
+        os.execv(command[0], [*command, *arguments])
+    return keep(arguments[1], arguments[2])
 
 
 def become(home: Home) -> None:
