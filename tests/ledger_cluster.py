@@ -60,6 +60,7 @@ class Cluster:
 
     count: int = 3
     epoch_entries: int = 50
+    epoch_bytes: int = SMALL_BYTES
     base: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="sl", dir="/tmp")))
 
     def __post_init__(self) -> None:
@@ -67,7 +68,7 @@ class Cluster:
         rows = [self.make_identity(node) for node in self.nodes]
         beginning = Beginning(cluster="c0ffee", lineage="l", generation=7, members=tuple(rows), at=1.0)
         for node in self.nodes:
-            begin(node.home.state, beginning, SMALL_BYTES)
+            begin(node.home.state, beginning, self.epoch_bytes)
 
     def make_node(self, n: int) -> Node:
         base = self.base / str(n + 1)
@@ -96,7 +97,7 @@ class Cluster:
                 "--ballast-bytes",
                 "0",
                 "--epoch-bytes",
-                str(SMALL_BYTES),
+                str(self.epoch_bytes),
                 "--epoch-entries",
                 str(self.epoch_entries),
             ]
