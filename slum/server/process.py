@@ -21,7 +21,6 @@ from starlette.applications import Starlette
 from slum import log, wire
 from slum.alive import Alive
 from slum.errors import SlumError
-from slum.ledger import fence
 from slum.ledger.client import connect
 from slum.ledger.reader import Reader
 from slum.paths import Home, checked_home
@@ -151,6 +150,8 @@ def listener(path: Path) -> socket.socket:
 
 def _last_word(home: Home) -> SlumError | None:
     """Return why the ledger of *home* will not start again, where it has left word of that."""
+    from slum.ledger import fence  # only when it is needed: it brings the engine with it
+
     try:
         fence.check(home.state)
     except SlumError as error:
