@@ -116,8 +116,9 @@ def test_another_user_behind_the_front_is_hung_up_on(site: Site) -> None:
     program = (
         "import socket, sys\n"
         "s = socket.socket(socket.AF_UNIX); s.settimeout(5); s.connect(sys.argv[1])\n"
-        "s.sendall(b'GET /v1/ca HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n')\n"
-        "try: sys.exit(bool(s.recv(1)))\n"
+        "try:\n"
+        " s.sendall(b'GET /v1/ca HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n')\n"
+        " sys.exit(bool(s.recv(1)))\n"
         "except OSError: sys.exit(0)\n"
     )
     argv = ["/usr/bin/python3", "-c", program, str(site.home.front_socket)]
