@@ -18,7 +18,7 @@ from slum import api, render, wire
 from slum.cli.progress import live_page
 from slum.cli.story import explain_lines
 from slum.cli.target import moment, span_s
-from slum.cli.views import event_lines, member_lines, ps_lines, status_lines
+from slum.cli.views import cluster_lines, event_lines, ps_lines, status_lines
 from slum.errors import ConfigError
 from slum.model import Fleet, Label, LocalOperator, Service, Tenement
 from slum.render import plain
@@ -113,15 +113,19 @@ def test_status() -> None:
         "\n"
         "notes is not well: `slum explain notes`"
     )
-    assert "\n".join(member_lines(status.ledger, plain)) == (
-        "MEMBER  ROLE    EPOCH  SEQ  LAG  CONTACT\n"
-        "m1      leader  4      107  -    -\n"
-        "m2      down    4      72   35   14 s"
+    assert "\n".join(cluster_lines(fake.cluster(), plain)) == (
+        "MEMBER  ROLE    EPOCH  SEQ  LAG  CONTACT  ADDRESS\n"
+        "m1      leader  4      107  -    -        10.0.0.1:7444\n"
+        "m2      down    -      -    35   14 s     10.0.0.2:7443  its API is not reached\n"
+        "\n"
+        "leader m1, term 2, generation 1; as m1 knows it"
     )
     hung = msgspec.structs.replace(status, ledger=msgspec.structs.replace(status.ledger, silent_s=75.0))
     lines = status_lines(hung, (), plain)
     assert lines[1] == "ledger         does not answer; what it last said 75 s ago: leader m1, epoch 4, sequence 107"
     assert lines[-1].startswith("nothing can be changed until the ledger answers")
+    alone = msgspec.structs.replace(status, ledger=msgspec.structs.replace(status.ledger, majority=False, age_s=12.0))
+    assert "cut off: no majority is in reach, what is shown is 12 s old or older" in status_lines(alone, (), plain)[1]
     empty = FakeFleet().status()
     assert status_lines(empty, (), plain)[-1] == "nothing is declared yet: `slum init`, then `slum apply`"
 

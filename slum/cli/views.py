@@ -119,25 +119,6 @@ def machine_lines(machines: Sequence[api.MachineView], now: float, paint: Paint)
     return table(("MACHINE", "OPERATOR", "ID", "INCARNATION", "STATE", "DRIFT", "AGE", "ASKED", ""), rows, paint)
 
 
-def member_lines(ledger: api.LedgerView, paint: Paint) -> list[str]:
-    """One row a member of the control plane."""
-    style = {"leader": "good", "down": "bad", "fenced": "bad"}
-    rows = [
-        (
-            Cell(member.id, "strong"),
-            Cell(member.role, style.get(member.role, "")),
-            str(ledger.epoch),
-            str(ledger.seq - member.lag),
-            "" if member.role == "leader" else str(member.lag),
-            "" if member.contact_s is None else seconds(member.contact_s),
-            "" if member.certificate_s is None else seconds(member.certificate_s),
-            member.address,
-        )
-        for member in ledger.members
-    ]
-    return table(("MEMBER", "ROLE", "EPOCH", "SEQ", "LAG", "CONTACT", "CERT", "ADDRESS"), rows, paint)
-
-
 def cluster_lines(view: api.ClusterView, paint: Paint) -> list[str]:
     """One row a member of the control plane, as the one that answers knows them; then what somebody should look at."""
     style = {"leader": "good", "follower": "", "learner": "warn"}

@@ -145,6 +145,30 @@ class FakeFleet:
             counts=counts,
         )
 
+    def cluster(self) -> api.ClusterView:
+        """A leader, and one that has been away for a while."""
+        return api.ClusterView(
+            member="m1",
+            cluster="c1",
+            role="leader",
+            leader="m1",
+            generation=1,
+            epoch=4,
+            term=2,
+            seq=self.seq,
+            age_s=0.0,
+            majority=True,
+            protocol=1,
+            members=(
+                api.ClusterMember(
+                    id="m1", role="leader", address="10.0.0.1:7444", epoch=4, seq=self.seq, lag=0, contact_s=0.0
+                ),
+                api.ClusterMember(
+                    id="m2", role="down", address="10.0.0.2:7444", api="10.0.0.2:7443", lag=35, contact_s=14.0
+                ),
+            ),
+        )
+
     def tenements(self) -> tuple[api.TenementView, ...]:
         return tuple(
             api.TenementView(
@@ -404,6 +428,8 @@ class FakeApi:
         async def simple(request: Request) -> Response:
             if request.url.path == "/v1/status":
                 return _answer(f.status())
+            if request.url.path == "/v1/cluster":
+                return _answer(f.cluster())
             if request.url.path == "/v1/instances":
                 return _answer(list(f.views.values()))
             if request.url.path == "/v1/events/verify":
@@ -412,7 +438,10 @@ class FakeApi:
 
         return Starlette(
             routes=[
-                *(Route(f"/v1/{path}", simple) for path in ("health", "status", "instances", "events/verify")),
+                *(
+                    Route(f"/v1/{path}", simple)
+                    for path in ("health", "status", "cluster", "instances", "events/verify")
+                ),
                 Route("/v1/state", state),
                 Route("/v1/fleet", fleet_doc),
                 Route("/v1/fleet", put_fleet, methods=["PUT"]),
