@@ -6,6 +6,8 @@ what=${1:?run or dev} venv=${2:?folder of the virtual environment}
 
 packages=(python3 python3-venv bubblewrap ca-certificates curl nftables)
 [ "$what" = dev ] && packages+=(supervisor wrk git)
+# The peer of benchmarks/backup.py.
+[ "$what" = dev ] && packages+=(etcd-server etcd-client)
 # Hosts to bootstrap: tests/ssh_hosts.py.
 [ "$what" = dev ] && packages+=(openssh-server sudo iproute2 util-linux systemd-container)
 # For prism, which holds what the cloud operators say and hear against the providers' own descriptions.

@@ -216,7 +216,7 @@ def check(path: Path, head: Head | None) -> Position:
         (verdict,) = db.execute("PRAGMA integrity_check(1)").fetchone()
         if verdict != "ok":
             raise Damaged(f"the backup's database is damaged: {verdict}", hint="")
-    state = State.open(path)
+    state = State.open(path, pages=False)
     try:
         state.check_events()
         position = state.position

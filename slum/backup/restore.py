@@ -191,7 +191,7 @@ def _begin(
                 "authority_sealed", "cluster:authority", actor=actor, why="restore", after={"sealed_to": [sealed[1]]}
             )
 
-    state = State.open(path)
+    state = State.open(path, pages=False)
     try:
         return state.begin_generation(
             generation,

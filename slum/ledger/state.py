@@ -66,15 +66,15 @@ class State:
         self.position = schema.read_position(db, str(path))
 
     @classmethod
-    def open(cls, path: Path, *, results_kept: int = RESULTS_KEPT) -> State:
-        """Open and check an existing state.db; raise Refusal."""
+    def open(cls, path: Path, *, results_kept: int = RESULTS_KEPT, pages: bool = True) -> State:
+        """Open and check an existing state.db; raise Refusal. Without *pages* its pages have been checked just now."""
         if not path.exists():
             raise Refusal(f"{path}: CURRENT names this file, but it is gone", hint=RESTORE)
         db = None
         try:
             db = schema.connect(path)
             schema.check_version(db, str(path))
-            (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
+            (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone() if pages else ("ok",)
             if verdict != "ok":
                 raise Damaged(f"{path}: SQLite finds it damaged: {verdict}", hint=RESTORE)
             schema.complete(db)
