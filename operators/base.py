@@ -72,7 +72,9 @@ class Deadlines(Frozen):
     create_s: float = 300.0
     destroy_s: float = 120.0
     settle_s: float = 0.0
-    """How long after its deadline a call may still show in what observe returns: a request under way, a stale list."""
+    """How long after its deadline a call may still show in what observe returns: a request under way, a stale list.
+
+    Below zero where a late call to create is refused by what it reaches, once the machine was destroyed there."""
 
 
 class Operator(Protocol):

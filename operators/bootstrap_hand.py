@@ -160,6 +160,11 @@ def claim(_requests: BinaryIO, name: str, cluster: str, key: str, machine: str, 
     return {}
 
 
+def have(_requests: BinaryIO, paths: list[str]) -> Fields:
+    """Tell the digests of the files that are there, "" for the others."""
+    return {"digests": {path: _digest(Path(path)) if os.path.isfile(path) else "" for path in paths}}
+
+
 def put(requests: BinaryIO, path: str, size: int, sha256: str, mode: int) -> Fields:
     """Write the *size* bytes that follow to *path*: whole, with that digest, or not at all."""
     target, digest, left = Path(path), hashlib.sha256(), size
@@ -238,7 +243,7 @@ def leave(_requests: BinaryIO, name: str, cluster: str) -> Fields:
     record, identity = _read(RECORD), _read(IDENTITY)
     held = record.get("claim") or {}
     if held.get("name") != name:
-        if name not in record.get("dead", ()) and not held and record.get("cluster") in (None, cluster):
+        if name not in record.get("dead", ()) and record.get("cluster", cluster) == cluster:
             _write(RECORD, {**record, "dead": [*record.get("dead", ()), name][-DEAD_MAX:]})
         return {"left": False}
     systemd = os.path.isdir("/run/systemd/system") and UNIT.exists()
@@ -290,6 +295,7 @@ VERBS: dict[str, Callable[..., Fields]] = {
     "facts": facts,
     "take": take,
     "claim": claim,
+    "have": have,
     "put": put,
     "install": install,
     "run": run,

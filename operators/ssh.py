@@ -44,8 +44,13 @@ _RESERVED: dict[str, dict[str, Promise]] = {}
 """By cluster and key: promises of this process, which several objects of one operator share."""
 
 
+CREATE_S = 300.0
+"""What is not uploaded by then is at the next try; a longer one would keep the next leader waiting (docs/operators.md)."""
+
+
 class Ssh:
-    deadlines = Deadlines(observe_s=60.0, create_s=900.0, destroy_s=240.0)
+    # Nothing has to settle: a host refuses a call to make what was destroyed there, however late it arrives.
+    deadlines = Deadlines(observe_s=60.0, create_s=CREATE_S, destroy_s=240.0, settle_s=-CREATE_S)
 
     def __init__(
         self,
