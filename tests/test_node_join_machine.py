@@ -272,13 +272,19 @@ async def test_a_waiting_keeper_takes_over_when_the_other_ends() -> None:
         await until(lambda: front.connected, 15)
         argv, env = keeper_command(here.home)
         standby = await asyncio.create_subprocess_exec(*argv, "--wait", env=env, stderr=asyncio.subprocess.DEVNULL)
-        agent, first = here.agent_pid(), here.keeper_pid()
-        assert first != standby.pid
-        os.kill(first, signal.SIGTERM)
-        await until(lambda: here.keeper_pid() == standby.pid, 10)
-        assert here.agent_pid() == agent
-        await asyncio.to_thread(boot.shut_down, here.home, {"agent"})
-        assert await standby.wait() == 0
+        try:
+            agent, first = here.agent_pid(), here.keeper_pid()
+            assert first != standby.pid
+            os.kill(first, signal.SIGTERM)
+            await until(lambda: here.keeper_pid() == standby.pid, 10)
+            assert here.agent_pid() == agent
+            await asyncio.to_thread(boot.shut_down, here.home, {"agent"})
+            async with asyncio.timeout(10):
+                assert await standby.wait() == 0
+        finally:
+            if standby.returncode is None:
+                standby.kill()
+                await standby.wait()
 
 
 async def test_the_init_script_starts_and_stops_and_leaves_services_alone(tmp_path: Path) -> None:
