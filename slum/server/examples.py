@@ -72,7 +72,59 @@ _REVISION = api.Revision(
 _LINE = api.LogLine(tenement="here", service="notes", id="main", at=1795000000.5, text="listening")
 _REQUEST_ID = "0f" * 16 + ":12"
 
+_PEM = "-----BEGIN CERTIFICATE-----\nMIIB...\n-----END CERTIFICATE-----\n"
+_CSR = "-----BEGIN CERTIFICATE REQUEST-----\nMIHo...\n-----END CERTIFICATE REQUEST-----\n"
+_CERTIFICATE = api.CertificateView(
+    serial="3dd2e9247984429fef3761547a6a8cc7d40d2c15",
+    subject="user/ana",
+    role="admin",
+    state="valid",
+    made_at=1795000000.0,
+    not_after=1802776000.0,
+)
+
 EXAMPLES: dict[Any, object] = {
+    api.Authority: api.Authority(certificate=_PEM, cluster="6f1d0c2a-9b3e-4f58-8a1b-000000000000"),
+    api.JoinRequest: api.JoinRequest(secret="q4z7" * 8, csr=_CSR, host="box"),
+    api.JoinAnswer: api.JoinAnswer(
+        kind="node",
+        subject="node/workers-1/workers-1.1",
+        cluster="6f1d0c2a-9b3e-4f58-8a1b-000000000000",
+        certificate=_PEM,
+        ca=_PEM,
+        not_after=1802776000.0,
+        servers=("https://10.0.0.1:7443",),
+        machine="workers-1",
+        key="workers-1.1",
+        tenement="workers",
+        fleet="quickstart",
+    ),
+    api.RenewRequest: api.RenewRequest(certificate=_PEM, csr=_CSR, host="box"),
+    api.TokenRequest: api.TokenRequest(kind="user", subject="ana", role="admin", host="laptop"),
+    api.NewToken: api.NewToken(
+        id="3f9a01bc",
+        token=f"{'ab12' * 16}::{'q4z7' * 8}",
+        kind="user",
+        subject="ana",
+        expires_at=1795003600.0,
+        servers=("https://10.0.0.1:7443",),
+    ),
+    tuple[api.TokenView, ...]: (
+        api.TokenView(
+            id="3f9a01bc",
+            kind="user",
+            subject="ana",
+            role="admin",
+            state="open",
+            made_at=1795000000.0,
+            made_by="root@box",
+            expires_at=1795003600.0,
+        ),
+    ),
+    tuple[api.UserView, ...]: (api.UserView(name="ana", role="admin", certificates=(_CERTIFICATE,)),),
+    tuple[api.CertificateView, ...]: (_CERTIFICATE,),
+    api.RevokeRequest: api.RevokeRequest(subject="user/ana", why="left", host="laptop"),
+    api.Revoked: api.Revoked(seq=15, certificates=1),
     Health: Health(ok=True, ledger=True),
     api.Status: api.Status(
         version=__version__,
