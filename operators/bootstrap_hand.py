@@ -3,23 +3,18 @@
 It reads requests from stdin, a JSON line each, some followed by bytes, and answers each with a JSON line. Every verb
 leaves the host as it was or as it shall be, whenever it is killed: files and whole folders are renamed into place once
 complete. What changes something is done under one lock a host, with the fencing token of whoever asks checked there.
-Standard library only. Must never print or keep a request, which may hold a join token.
+Standard library only, and what is large of it imported when it is needed: on most visits nothing is to be done.
+Must never print or keep a request, which may hold a join token.
 """
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import hashlib
 import json
 import os
-import platform
-import secrets
-import shutil
 import signal
 import socket
-import struct
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -50,7 +45,6 @@ ENVIRONMENT = {
 PR_SET_PDEATHSIG = 1
 
 Fields = dict[str, Any]
-libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Refused(Exception):
@@ -87,14 +81,12 @@ def _code(error: OSError) -> str:
 
 def facts(_requests: BinaryIO) -> Fields:
     """Tell what this host is and has. Changes nothing, needs no lock."""
-    release = platform.freedesktop_os_release() if os.path.exists("/etc/os-release") else {}
     record, identity = _read(RECORD), _read(IDENTITY)
-    libc_name, libc_version = platform.libc_ver()
     return {
-        "distribution": release.get("PRETTY_NAME", "unknown"),
-        "python": platform.python_version(),
-        "arch": platform.machine(),
-        "libc": f"{libc_name or 'musl'} {libc_version or '1.2'}",
+        "distribution": _distribution(),
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "arch": os.uname().machine,
+        "libc": _libc(),
         "systemd": os.path.isdir("/run/systemd/system"),
         "free_mb": min(_free_mb(OPT), _free_mb(DATA)),
         "read_only": [str(path) for path in (OPT, DATA) if not os.access(_existing(path), os.W_OK)],
@@ -168,7 +160,7 @@ def have(_requests: BinaryIO, paths: list[str]) -> Fields:
 def put(requests: BinaryIO, path: str, size: int, sha256: str, mode: int) -> Fields:
     """Write the *size* bytes that follow to *path*: whole, with that digest, or not at all."""
     target, digest, left = Path(path), hashlib.sha256(), size
-    temporary = target.with_name(f".slum-new-{secrets.token_hex(6)}")
+    temporary = target.with_name(f".slum-new-{os.urandom(6).hex()}")
     trouble: OSError | None = None
     try:
         target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -207,7 +199,7 @@ def put(requests: BinaryIO, path: str, size: int, sha256: str, mode: int) -> Fie
 
 def install(_requests: BinaryIO, name: str, wheels: dict[str, str]) -> Fields:
     """Make OPT/name a virtual environment of *wheels* (digest by file name); it is there complete or not at all."""
-    target, new = OPT / name, OPT / f".slum-new-{secrets.token_hex(6)}"
+    target, new = OPT / name, OPT / f".slum-new-{os.urandom(6).hex()}"
     if target.exists():
         return {"output": ""}
     files = [WHEELS / digest / file for file, digest in wheels.items()]
@@ -227,7 +219,7 @@ def install(_requests: BinaryIO, name: str, wheels: dict[str, str]) -> Fields:
     _told([str(new / "venv/bin/python"), "-I", "-c", "import slum.node.agent, slum.cli.main"], 60)
     _synced(new)
     os.rename(new / "venv", target)
-    shutil.rmtree(new)
+    _remove(new)
     _prune(name, set(wheels.values()))
     return {"output": output}
 
@@ -270,7 +262,7 @@ def leave(_requests: BinaryIO, name: str, cluster: str) -> Fields:
             os.rename(DATA / part, aside / part)
     IDENTITY.unlink(missing_ok=True)
     for part in ("agent", "bundles"):
-        shutil.rmtree(DATA / part, ignore_errors=True)
+        _remove(DATA / part)
     dead = [*(one for one in record.get("dead", ()) if one != name), name][-DEAD_MAX:]
     _write(RECORD, {**record, "claim": None, "dead": dead, "python": ""})
     return {"left": True}
@@ -309,7 +301,7 @@ def _tidy() -> None:
     for folder in (OPT, *_children(WHEELS)):
         for path in _children(folder, hidden=True):
             if path.name.startswith(".slum-new-"):
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                _remove(path)
 
 
 def _prune(name: str, wheels: set[str]) -> None:
@@ -323,13 +315,16 @@ def _prune(name: str, wheels: set[str]) -> None:
     old = [one for one in _children(OPT) if one not in (OPT / name, WHEELS)]
     unused = [one for one in old if not any(program.startswith(f"{one}/") for program in used)]
     for path in (*unused, *(one for one in _children(WHEELS) if one.name not in wheels)):
-        gone = OPT / f".slum-new-{secrets.token_hex(6)}"  # never there in part under its own name
+        gone = OPT / f".slum-new-{os.urandom(6).hex()}"  # never there in part under its own name
         os.rename(path, gone)
-        shutil.rmtree(gone)
+        _remove(gone)
 
 
 def _synced(folder: Path) -> None:
     """Return when all of *folder*'s file system is on disk."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         if libc.syncfs(fd) != 0:
@@ -339,6 +334,7 @@ def _synced(folder: Path) -> None:
 
 
 def _unpacked_uv(wheel: Path, folder: Path) -> str:
+    import shutil
     import zipfile
 
     folder.mkdir(mode=0o755, parents=True)
@@ -362,6 +358,10 @@ def _told(argv: list[str], timeout_s: float) -> str:
 
 def _ran(argv: list[str], timeout_s: float, stdin: str = "") -> tuple[int, str]:
     """Run *argv*, ended with us unless it is apt, and with all that it started when the time is over."""
+    import ctypes
+    import subprocess
+
+    libc = ctypes.CDLL(None)
     kept = os.path.basename(argv[0]) == "apt-get"  # half-configured packages are worse than a second round
     parent = os.getpid()
 
@@ -439,6 +439,8 @@ def _answers(path: str) -> bool:
 
 
 def _keeper_pid() -> int:
+    import struct
+
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as link:
         link.connect(KEEPER)
         return int(struct.unpack("3i", link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
@@ -473,7 +475,7 @@ def _read(path: Path) -> Fields:
 
 def _write(path: Path, fields: Fields) -> None:
     path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
         with open(temporary, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
             json.dump(fields, file)
@@ -513,7 +515,34 @@ def _free_mb(path: Path) -> int:
 
 
 def _which(program: str) -> bool:
-    return shutil.which(program, path=ENVIRONMENT["PATH"]) is not None
+    return any(os.access(f"{folder}/{program}", os.X_OK) for folder in ENVIRONMENT["PATH"].split(":"))
+
+
+def _distribution() -> str:
+    """Return what os-release(5) calls this system."""
+    try:
+        lines = Path("/etc/os-release").read_text().splitlines()
+    except OSError:
+        return "unknown"
+    return next((line.partition("=")[2].strip("\"'") for line in lines if line.startswith("PRETTY_NAME=")), "unknown")
+
+
+def _libc() -> str:
+    """Return "glibc 2.36", or "musl 1.2" for what is no glibc."""
+    try:
+        return os.confstr("CS_GNU_LIBC_VERSION") or "musl 1.2"
+    except ValueError:
+        return "musl 1.2"
+
+
+def _remove(path: Path) -> None:
+    """Make *path*, a file or a folder with all in it, be gone."""
+    import shutil
+
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ fi
 seen=
 for p in {" ".join(PYTHONS)}; do
   command -v $p >/dev/null 2>&1 || continue
-  $pre $p -I -c "{_LOADER}"
+  $pre $p -I -S -c "{_LOADER}"
   code=$?
   [ $code = {TOO_OLD} ] || exit $code
   seen="$seen $p is $($p -V 2>&1);"

@@ -67,6 +67,7 @@ PermitRootLogin yes
 UsePAM no
 StrictModes no
 PidFile none
+Subsystem sftp internal-sftp
 """
 UNIT = """[Unit]
 After=network.target
@@ -101,7 +102,7 @@ OLD_PYTHON = Shape(
 cat >$R/usr/bin/python3 <<'END'
 #!/bin/sh
 [ "$1" = -V ] && { echo Python 3.9.2; exit; }
-[ "$1" = -I ] && shift
+[ "$1" = -I ] && shift; [ "$1" = -S ] && shift
 exec /usr/bin/real -c "import sys; sys.version_info = (3, 9, 2, 'final', 0); exec(sys.argv[1])" "$2"
 END
 chmod 755 $R/usr/bin/python3; rm -f $R/usr/bin/python3.1*""",
@@ -187,13 +188,15 @@ class Site:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def require() -> None:
-    """Skip where hosts cannot be made; in CI that is a failure."""
+def require(*more: str) -> None:
+    """Skip where hosts cannot be made, or tools of *more* are not there; in CI that is a failure."""
     if os.geteuid() != 0:
         pytest.skip("needs root")
-    missing = [tool for tool in TOOLS if shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None]
+    missing = [
+        tool for tool in (*TOOLS, *more) if shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None
+    ]
     if missing:
-        pytest.skip(f"needs {', '.join(missing)}: apt install openssh-server iproute2 util-linux")
+        pytest.skip(f"needs {', '.join(missing)}: scripts/install.sh dev")
 
 
 def new_site(folder: Path | None = None) -> Site:
