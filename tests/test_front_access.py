@@ -105,6 +105,25 @@ def test_every_route_is_open_to_those_it_names_and_nobody_else(
             assert (status not in REFUSED) == passes, (who, route.method, route.path, status)
 
 
+def test_what_changes_something_or_is_a_shell_is_for_admins() -> None:
+    """The table above believes the routes; this holds them to what they do."""
+    others = {
+        "/v1/fleet/check": Access.READ,  # asks providers, commits nothing
+        "/v1/agent": Access.NODE,
+        "/v1/agent/streams/{id}": Access.NODE,
+        "/v1/members/link": Access.MEMBER,
+        **dict.fromkeys(("/v1/join", "/v1/renew"), Access.OPEN),
+    }
+    for route in ROUTES:
+        changes = route.method not in ("GET", "HEAD") or route.kind is Kind.WEBSOCKET
+        if changes or route.path == "/v1/tokens":
+            assert route.access == others.get(route.path, Access.ADMIN), route.path
+        elif route.path == "/v1/ca":
+            assert route.access == Access.OPEN
+        else:
+            assert route.access in (Access.READ, Access.READ | Access.NODE), route.path
+
+
 def test_a_read_user_changes_nothing_and_is_told_what_next(site: Site, holders: dict[str, Holder | None]) -> None:
     with site.http(holders["user/read"]) as http:
         asked = api.ActionRequest(verb="stop", service="notes", request_id="0f" * 16 + ":1")

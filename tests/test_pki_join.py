@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -170,8 +170,8 @@ def test_the_authority_is_opened_by_whom_it_is_sealed_to_and_by_nobody_else(site
 
 
 @contextmanager
-def fake_control_plane(folder: Path, shown_authority: str) -> Iterator[tuple[int, list[bytes]]]:
-    """A TLS server that says *shown_authority* is its own and writes down every byte that it is told."""
+def fake_control_plane(folder: Path, shown: Callable[[str], str]) -> Iterator[tuple[int, list[bytes]]]:
+    """A TLS server that shows what *shown* makes of its own authority, and writes down every byte that it is told."""
     certificate, key = another_authority(folder)
     mine = request.new_key()
     signed = authority.sign(
@@ -186,7 +186,7 @@ def fake_control_plane(folder: Path, shown_authority: str) -> Iterator[tuple[int
     (folder / "fake.crt").write_text(signed.certificate)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(folder / "fake.crt", folder / "fake.key")
-    body = msgspec.json.encode(api.Authority(certificate=shown_authority, cluster="c"))
+    body = msgspec.json.encode(api.Authority(certificate=shown(certificate), cluster="c"))
     answer = (
         b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
         % len(body)
@@ -218,11 +218,11 @@ def fake_control_plane(folder: Path, shown_authority: str) -> Iterator[tuple[int
         thread.join()
 
 
-@pytest.mark.parametrize("lies", ["its own authority", "our authority"])
+@pytest.mark.parametrize("lies", ["its own", "ours", "ours, and then its own"])
 def test_a_wrong_control_plane_is_not_told_one_byte_of_the_secret(site: Site, tmp_path: Path, lies: str) -> None:
     made = site.token("user", "ana", role="read")
-    certificate = site.ca if lies == "our authority" else another_authority(tmp_path)[0]
-    with fake_control_plane(tmp_path, certificate) as (port, told):
+    shown = {"its own": lambda own: own, "ours": lambda own: site.ca}.get(lies, lambda own: site.ca + own)
+    with fake_control_plane(tmp_path, shown) as (port, told):
         done = subprocess.run(
             [SLUM, "context", "add", "prod", f"https://127.0.0.1:{port}", "--token-file", "-", "--timeout", "1s"],
             input=made.token,
