@@ -25,7 +25,7 @@ from typing import Any
 KEY, SECRET = "demo", "demo-secret-key"
 PORTS = (
     *("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc"),
-    *("s3.port", "s3.port.grpc", "admin.port", "admin.port.grpc", "metricsPort"),
+    *("s3.port", "s3.port.grpc", "s3.port.lance", "admin.port", "admin.port.grpc", "metricsPort"),
 )
 FLEET = """
 [fleet]

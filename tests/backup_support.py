@@ -10,10 +10,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ from slum.paths import Home
 KEY, SECRET, BUCKET = "tester", "s3cr3t-of-the-tests", "backups"
 PORTS = (
     *("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc"),
-    *("s3.port", "s3.port.grpc", "admin.port", "admin.port.grpc", "metricsPort"),
+    *("s3.port", "s3.port.grpc", "s3.port.lance", "admin.port", "admin.port.grpc", "metricsPort"),
 )
 
 
@@ -245,3 +247,49 @@ def is_alive(pid: int) -> bool:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
     return False
+
+
+@contextmanager
+def careless() -> Iterator[str]:
+    """An S3 server that behaves like the simple ones: it takes every PUT, whatever its conditions."""
+    objects: dict[str, bytes] = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_PUT(self) -> None:
+            objects[self.path] = self.rfile.read(int(self.headers["Content-Length"]))
+            self._answer(200, b"", {"ETag": '"careless"'})
+
+        def do_GET(self) -> None:
+            found = objects.get(self.path)
+            self._answer(404 if found is None else 200, found or b"", {"ETag": '"careless"'})
+
+        def do_DELETE(self) -> None:
+            objects.pop(self.path, None)
+            self._answer(204, b"", {})
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self._answer(200, b'<?xml version="1.0"?><DeleteResult><Deleted><Key>k</Key></Deleted></DeleteResult>', {})
+
+        def _answer(self, code: int, body: bytes, headers: dict[str, str]) -> None:
+            self.send_response(code)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Nothing to say."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -101,6 +101,26 @@ def test_entries_that_are_not_committed_are_not_given_and_may_be_cut(tmp_path: P
     tail.close()
 
 
+def test_a_mirror_takes_only_what_is_committed(tmp_path: Path) -> None:
+    from slum.ledger import journal
+    from slum.ledger.group import REGULAR, _Codec
+
+    home = tmp_path / "state"
+    with Steps(home) as steps:
+        made = Mirror.make(home, tmp_path / "backup" / "mirror.db")
+        steps.one(note(why="committed"))
+        at, (row,) = steps.member.position, steps.member.state.epochs(1)
+    log = journal.open_journal(folder.journal_path(home, row), SMALL.epoch_bytes)
+    log.add(bytes([REGULAR]) + _Codec.dumps((0, (b"not committed",))), len(log) + 1, 9)
+    log.sync()
+    log.close()
+    feed = Feed(home)
+    caught_up(made, feed)
+    assert made.position == at
+    feed.close()
+    made.close()
+
+
 def test_a_frame_that_is_being_written_is_read_later(ledger: Steps, tmp_path: Path) -> None:
     at, (row,) = ledger.member.position, ledger.member.state.epochs(1)
     path = folder.journal_path(tmp_path / "state", row)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from backup_support import KEY, S3, SECRET, Site, is_alive, note, notes, site, start_backup, wait_for, whys
+from backup_support import KEY, S3, SECRET, Site, careless, is_alive, note, notes, site, start_backup, wait_for, whys
 from ledger_support import desired, fleet, service
 
 from slum.backup import config, manifest, writer
@@ -260,6 +260,16 @@ async def test_the_backup_of_another_cluster_is_left_alone(tmp_path: Path) -> No
             assert found.state == "refused"
             assert second.head() == head
             assert {listed.name for listed in second.store.list("")} == there
+
+
+async def test_a_store_that_ignores_conditions_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
+    with careless() as endpoint, site(config.made("s3://backups/x", endpoint=endpoint, interval_ms=50)) as made:
+        await made.ledger.up()
+        made.start()
+        await wait_for(lambda: events(made, "backup_refused"), words=lambda: made.log)
+        assert "creates over an object that is there" in events(made, "backup_refused")[0]
+        assert made.head() is None
+        assert not (made.home.backup / writer.MIRROR).exists()
 
 
 async def test_it_waits_for_its_configuration_and_takes_up_a_new_one(tmp_path: Path) -> None:

@@ -91,6 +91,9 @@ def test_a_manifest_of_a_newer_slum_is_refused() -> None:
     with pytest.raises(ConfigError, match="no manifest of slum"):
         manifest.decode_head(b"<html>")
     assert manifest.decode_head(manifest.encode(HEAD)) == HEAD
+    for claim in ("../7-000001", "", "7-000001/x", "7-"):
+        with pytest.raises(ConfigError, match="which slum never makes"):
+            manifest.decode_head(manifest.encode(msgspec.structs.replace(HEAD, claim=claim)))
 
 
 def load(tmp_path: Path, text: str) -> config.Settings | None:

@@ -6,12 +6,10 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from backup_support import KEY, S3, SECRET
+from backup_support import KEY, S3, SECRET, careless
 
 from slum.backup import config
 from slum.backup.config import Keys
@@ -143,49 +141,3 @@ def test_a_store_that_is_no_folder_says_so(tmp_path: Path) -> None:
     store = FolderStore(tmp_path / "file")
     with pytest.raises(StoreError, match="cannot be used"):
         store.create("HEAD", b"")
-
-
-@contextmanager
-def careless() -> Iterator[str]:
-    """An S3 server that behaves like the simple ones: it takes every PUT, whatever its conditions."""
-    objects: dict[str, bytes] = {}
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_PUT(self) -> None:
-            objects[self.path] = self.rfile.read(int(self.headers["Content-Length"]))
-            self._answer(200, b"", {"ETag": '"careless"'})
-
-        def do_GET(self) -> None:
-            found = objects.get(self.path)
-            self._answer(404 if found is None else 200, found or b"", {"ETag": '"careless"'})
-
-        def do_DELETE(self) -> None:
-            objects.pop(self.path, None)
-            self._answer(204, b"", {})
-
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self._answer(200, b'<?xml version="1.0"?><DeleteResult><Deleted><Key>k</Key></Deleted></DeleteResult>', {})
-
-        def _answer(self, code: int, body: bytes, headers: dict[str, str]) -> None:
-            self.send_response(code)
-            for name, value in {**headers, "Content-Length": str(len(body))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            """Nothing to say."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

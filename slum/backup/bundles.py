@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from slum.backup.manifest import BLOBS
 from slum.backup.store import Store
 from slum.ledger import journal
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def send(store: Store, folder: Path, digests: Iterable[str]) -> tuple[set[str], set[str]]:
@@ -37,6 +40,10 @@ def bring(store: Store, folder: Path, digests: Iterable[str]) -> set[str]:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     missing = set()
     for digest in sorted(digests):
+        if not _DIGEST.fullmatch(digest):
+            # It names a file on this machine: nothing that a store says may lead elsewhere.
+            missing.add(digest)
+            continue
         fresh = folder / f".{digest}.new"
         fresh.unlink(missing_ok=True)
         if not store.get_file(f"{BLOBS}/{digest}", fresh):

@@ -12,6 +12,7 @@ more. What HEAD names was uploaded before it moved: blobs first, then the databa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from urllib.parse import quote
 
@@ -24,6 +25,7 @@ FORMAT = 1
 HEAD = "HEAD.json"
 CLAIMS = "claims"
 BLOBS = "blobs"
+_CLAIM = re.compile(r"[0-9]{1,18}-[0-9]{6,12}")
 
 
 class Span(Frozen):
@@ -112,11 +114,15 @@ def decode_head(data: bytes) -> Head:
             raise ConfigError(
                 f"the backup has format {number}, this slum knows {FORMAT}", hint="install the slum that wrote it"
             )
-        return msgspec.json.decode(data, type=Head)
+        head = msgspec.json.decode(data, type=Head)
     except msgspec.MsgspecError as error:
         raise ConfigError(
             f"{HEAD} in the store is no manifest of slum: {error}", hint="is this the right address?"
         ) from error
+    strange = next((span.claim for span in head.spans if not _CLAIM.fullmatch(span.claim)), None)
+    if strange is not None:
+        raise ConfigError(f"{HEAD} in the store names the claim {strange[:60]!r}, which slum never makes")
+    return head
 
 
 def encode(document: Head | Claim) -> bytes:

@@ -7,6 +7,7 @@ be restored is said together with the newest that can. Reads a store and writes 
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
@@ -211,11 +212,14 @@ def check(path: Path, head: Head | None) -> Position:
 
     Refusal says what is wrong. Touches nothing but SQLite's own files beside it.
     """
-    with closing(schema.connect(path)) as db:
-        schema.check_version(db, "the backup")
-        (verdict,) = db.execute("PRAGMA integrity_check(1)").fetchone()
-        if verdict != "ok":
-            raise Damaged(f"the backup's database is damaged: {verdict}", hint="")
+    try:
+        with closing(schema.connect(path)) as db:
+            schema.check_version(db, "the backup")
+            (verdict,) = db.execute("PRAGMA integrity_check(1)").fetchone()
+    except sqlite3.Error as error:
+        raise Damaged(f"the backup's database cannot be read: {error}", hint="") from error
+    if verdict != "ok":
+        raise Damaged(f"the backup's database is damaged: {verdict}", hint="")
     state = State.open(path, pages=False)
     try:
         state.check_events()

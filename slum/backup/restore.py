@@ -21,7 +21,7 @@ from slum.backup import bundles, mirror, points
 from slum.backup.config import Keys, Settings
 from slum.backup.points import Point, Tell
 from slum.backup.store import Store
-from slum.errors import ConfigError
+from slum.errors import ConfigError, SlumError
 from slum.frozen import Frozen
 from slum.ledger import folder, journal
 from slum.ledger.commands import Member
@@ -134,6 +134,10 @@ def restore(
             home.state.rmdir()
         work.state.rename(home.state)
         journal.sync_folder(home.data)
+    except OSError as error:
+        raise SlumError(
+            f"{home.data} cannot be written: {error.strerror}; nothing was changed", hint="look at its disk and rights"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Restored(

@@ -101,7 +101,7 @@ def _is_well(found: Status | None, head: Head | SlumError | None) -> bool:
         return False
     if head.verified is not None and not head.verified.ok:
         return False
-    return found is None or found.state in ("running", "waiting")
+    return found is None or (found.state in ("running", "waiting") and time.time() - found.at < STALE_S)
 
 
 def _lines(

@@ -57,6 +57,7 @@ def restore(
         raise ConfigError("--at and --seq were both given", hint="give one")
     now = time.time()
     at = None if when is None else moment(when, now)
+    _require_rest(asked)
     back.check_empty(asked.home)
     settings, keys, store = settings_of(asked, url, endpoint, region, secrets_ref)
     done = back.restore(
@@ -76,6 +77,18 @@ def restore(
         asked.emit({name: getattr(done, name) for name in done.__struct_fields__})
         return
     _say(asked, done)
+
+
+def _require_rest(asked: Invocation) -> None:
+    """ConfigError while a control plane runs in the run folder: it would go on with what it holds open."""
+    from slum.node import boot
+
+    running = boot.running(asked.home, {"ledger", "server", "backup"})
+    if running:
+        raise ConfigError(
+            f"{', '.join(running)} of a control plane runs in {asked.home.run}; nothing was changed",
+            hint="`slum down` first (services run on), or name another --run-dir",
+        )
 
 
 def _say(asked: Invocation, done: object) -> None:
@@ -101,7 +114,9 @@ def _say(asked: Invocation, done: object) -> None:
     if done.authority == "opened":
         asked.say("      slum server init --address HOST      then `slum token new member` for the other members")
     if not asked.home.server_config.exists():
-        asked.say("      write [backup] into server.toml when this cluster shall go on with the backup (docs/backup.md)")
+        asked.say(
+            "      write [backup] into server.toml when this cluster shall go on with the backup (docs/backup.md)"
+        )
 
 
 def _key(file: str) -> str:
