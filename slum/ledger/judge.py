@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from slum.ledger.commands import Member
 from slum.ledger.peerwire import VERSION, Hello, Place
+from slum.ledger.status import REPLACED
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ def judge(
         return Behind()
     if theirs.generation != mine.generation:
         if theirs.generation < mine.generation:
-            return Refuse(f"{theirs.member} is of generation {theirs.generation}, which {mine.generation} has replaced")
+            return Refuse(f"{theirs.member} is of generation {theirs.generation}, which {mine.generation} {REPLACED}")
         return Fenced(theirs.generation)
     if theirs.lineage != mine.lineage:
         return Refuse(f"{theirs.member} has another history: generation {mine.generation} began twice")

@@ -36,7 +36,7 @@ from slum.ledger.schema import EpochRow, Position
 from slum.ledger.state import Applied, State
 from slum.ledger.world import Config
 
-REACH_S = 3.0
+REACH_S = 5.0
 
 
 class Reached(Frozen):

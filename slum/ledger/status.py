@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from slum.ledger.schema import Position
 
 LEADER, FOLLOWER, LEARNER, DOWN, FENCED, REFUSED = "leader", "follower", "learner", "down", "fenced", "refused"
-FENCED_WHY = "which this generation has replaced"
+REPLACED = "has replaced"
+"""Stands in the refusal of a member whose generation is over."""
 
 
 class Alarm(Sparse):
@@ -154,7 +155,7 @@ def _role(name: str, sight: Sight, *, leader: str | None, votes: bool) -> str:
             return LEARNER
         return LEADER if name == leader else FOLLOWER
     if sight.refused:
-        return FENCED if FENCED_WHY in sight.refused else REFUSED
+        return FENCED if REPLACED in sight.refused else REFUSED
     return DOWN
 
 

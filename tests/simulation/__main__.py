@@ -68,7 +68,13 @@ def _until_noticed(folder: Path, without: Mutation, first: int, troubles: int) -
     for number in range(without.schedules):
         seed = first + number
         try:
-            run_one(folder, seed, members=without.members or _members(seed), troubles=troubles)
+            run_one(
+                folder,
+                seed,
+                members=without.members or _members(seed),
+                troubles=troubles,
+                rolling=without.rolling,
+            )
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
                 raise

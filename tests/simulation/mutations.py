@@ -29,6 +29,8 @@ class Mutation:
     """Within so many it must be noticed."""
     members: int = 0
     """Of each schedule; 0 for the usual mixture."""
+    rolling: bool | None = None
+    """Only schedules in which logs differ a lot, or only others; None for the usual mixture."""
 
 
 def _replace(owner: Any, name: str, new: Any) -> None:
@@ -154,13 +156,13 @@ def _no_pre_vote() -> None:
 
 
 ALL = (
-    Mutation("commit-clamp", "commit only what the message covers", _unclamped, 600),
-    Mutation("own-end", "acknowledge only what the message covers, not the log's own end", _own_end, 300),
+    Mutation("commit-clamp", "commit only what the message covers", _unclamped, 300, rolling=True),
+    Mutation("own-end", "acknowledge only what the message covers, not the log's own end", _own_end, 300, rolling=True),
     Mutation("sync-alone", "sync before a group of one counts its own entries", _unsynced_alone, 300),
     Mutation("sync-before-send", "sync before any message leaves", _unsynced_send, 100),
     Mutation("one-vote", "one vote a peer a term", _votes_without_a_name, 300, members=5),
-    Mutation("vote-term", "votes count in their own term only", _votes_of_any_term, 300),
-    Mutation("answer-term", "answers to appends count in their own term only", _answers_of_any_term, 600),
+    Mutation("vote-term", "votes count in their own term only", _votes_of_any_term, 300, rolling=True),
+    Mutation("answer-term", "answers to appends count in their own term only", _answers_of_any_term, 300, rolling=True),
     Mutation("stale-headers", "headers of an older leader take no effect", _stale_headers, 100),
     Mutation("overlap", "what is held is not cut and added again", _overlap_cut, 100),
     Mutation("pre-vote", "ask before standing for election", _no_pre_vote, 100),

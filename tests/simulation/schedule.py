@@ -28,9 +28,33 @@ KINDS = (
     "isolate", "isolate_leader", "burst", "burst", "rolling", "rolling", "pause", "pause_leader", "heal", "heal", "break", "again",
 )  # fmt: skip
 
+ROLLING = (
+    "rolling",
+    "rolling",
+    "rolling",
+    "rolling",
+    "burst",
+    "burst",
+    "crash_leader",
+    "pause_leader",
+    "heal",
+    "block",
+)
+
 
 class Schedule:
-    def __init__(self, folder: Path, seed: int, *, members: int = 3, troubles: int = 12, trace: bool = False) -> None:
+    """*rolling*: nothing but leaders that write much and are cut off, so that logs differ; None leaves it to the seed."""
+
+    def __init__(
+        self,
+        folder: Path,
+        seed: int,
+        *,
+        members: int = 3,
+        troubles: int = 12,
+        rolling: bool | None = None,
+        trace: bool = False,
+    ) -> None:
         chance = self.chance = random.Random(seed)
         self.clock = Clock()
         group.simulate(self.clock.now, chance)
@@ -40,13 +64,15 @@ class Schedule:
         delay_s, hurry = chance.choice(
             [(0.0005, 1.0), (0.002, 1.0), (0.02, 1.0), (0.02, 0.3), (0.06, 0.4), (0.12, 0.3)]
         )
+        drawn = chance.random() < 0.25
+        self.rolling = drawn if rolling is None else rolling
         strays = chance.choice([0.0, 0.05, 0.3])
         self.switch = Switch(self.clock, chance, delay_s, strays=strays)
         timing = Timing(
             election_min_s=0.4 * hurry, election_max_s=0.8 * hurry, fallback_s=0.8 * hurry, heartbeat_s=0.1 * hurry
         )
         config = Config(
-            epoch_entries=chance.choice([8, 12, 20, 30, 200_000]),
+            epoch_entries=chance.choice([30, 200_000] if self.rolling else [8, 12, 20, 30, 200_000]),
             epoch_bytes=1 << 14,
             ballast_bytes=0,
             timing=timing,
@@ -64,7 +90,7 @@ class Schedule:
             witness=self.witness,
             trace=trace,
         )
-        self.changing = chance.random() < 0.4
+        self.changing = chance.random() < 0.4 and not self.rolling
         first = chance.choice([1, 2, members]) if self.changing else members
         wrong = chance.randrange(first) if chance.random() < 0.15 else -1
         self.clocks_agree = wrong < 0
@@ -124,7 +150,7 @@ class Schedule:
             print(f"{self.clock.at:10.4f} -- {what}")
 
     def trouble(self) -> None:
-        kind = self.chance.choice(KINDS)
+        kind = self.chance.choice(ROLLING if self.rolling else KINDS)
         alive, leaders, names = self.nodes.alive, self.nodes.leading, self.nodes.names
         if self.changing and leaders and self.chance.random() < 0.4:
             leading = self.chance.choice(leaders).member
@@ -186,7 +212,7 @@ class Schedule:
         """A leader writes more than one entry at once, and soon something happens to it: others have some of them."""
         member = leader.member
         self.write_much(leader)
-        self.go_on(self.switch.delay_s * 3 * self.chance.random())
+        self.go_on(self.switch.delay_s * self.chance.uniform(0.2, 2.0))
         if leader.member is not member or leader.paused_until > self.clock.at:
             return
         match self.chance.choice(["isolate", "crash", "pause", "cut", "block"]):
@@ -207,9 +233,10 @@ class Schedule:
         """Put some entries into the log of *leader* at once, large enough that few fit into one message."""
         assert leader.member is not None
         if leader.member.is_ready:
-            barrier = (Proposal(command=Barrier(), request_id="", actor="t" * self.chance.choice([1, 300])),)
+            barrier = (Proposal(command=Barrier(), request_id="", actor="t" * self.chance.choice([1, 600, 600, 600])),)
             for _ in range(self.chance.randint(2, 8)):
                 leader.member._offers.append(barrier)
+            leader.next_at = self.clock.at
 
     def roll(self, leader: Node) -> None:
         """One after the other is cut off from all, leaders first, while the one before comes back with what it has."""
@@ -217,9 +244,15 @@ class Schedule:
         for _ in range(self.chance.randint(2, 3)):
             if leader.member is not None and leader.paused_until <= self.clock.at:
                 self.write_much(leader)
-                self.go_on(self.switch.delay_s * 2 * self.chance.random())
+                self.go_on(self.switch.delay_s * self.chance.uniform(0.2, 1.5))
             self.isolate(leader.name)
             self.go_on(timing.election_max_s * self.chance.uniform(1.5, 3.0))
+            newer = [node for node in self.nodes.leading if node is not leader]
+            if newer and self.chance.random() < 0.6:
+                # Whoever comes back meets a leader that has never heard of its log's end.
+                self.nodes.crash(newer[0])
+                newer[0].up_at = self.clock.at + 0.05
+                self.go_on(timing.election_max_s * self.chance.uniform(2.0, 4.0))
             self.heal_net()
             others = [node for node in self.nodes.alive if node is not leader]
             if not others:
@@ -345,13 +378,16 @@ class Raise(logging.Handler):
             raise Failed(f"PySyncObj: {record.getMessage()}")
 
 
-def run_one(folder: Path, seed: int, *, members: int, troubles: int, trace: bool = False) -> str:
+def run_one(
+    folder: Path, seed: int, *, members: int, troubles: int, rolling: bool | None = None, trace: bool = False
+) -> str:
     """Run the schedule of *seed* in *folder*, which is emptied after."""
     logging.getLogger("pysyncobj").handlers = [Raise()]
     logging.getLogger("pysyncobj").propagate = False
     place = folder / f"s{seed}"
     place.mkdir()
     try:
-        return Schedule(place, seed, members=members, troubles=troubles, trace=trace).run()
+        made = Schedule(place, seed, members=members, troubles=troubles, rolling=rolling, trace=trace)
+        return made.run()
     finally:
         shutil.rmtree(place)

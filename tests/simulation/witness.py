@@ -43,6 +43,7 @@ class Witness:
         self._fences: dict[int, tuple[int, int, int]] = {}
         self._disks: dict[str, tuple[Place, Sequence[int]]] = {}
         """What each member's newest journal holds on disk: the terms of its entries."""
+        self._acknowledged: dict[tuple[str, str], tuple[Place, int, int]] = {}
         self._ends: dict[Place, int] = {}
         """The first Seal of an epoch."""
         self._votes: dict[tuple[Place, int, str], str] = {}
@@ -77,6 +78,8 @@ class Witness:
         epoch = member.epoch
         group, place = epoch.group, epoch.place
         leads, commit = group.leads, group.commit
+        if leads:
+            self._look_at_acknowledged(name, member)
         seen = self._seen.get(name)
         if seen == (place, commit, leads):
             return
@@ -99,6 +102,20 @@ class Witness:
             elif known[index - 1] != mark:
                 raise Failed(f"{name} takes another entry {index} of {place} for committed than the others did")
         self._seen[name] = (place, commit, leads)
+
+    def _look_at_acknowledged(self, name: str, member: Member) -> None:
+        """What a leader takes for acknowledged is on the disk of whoever acknowledged it, and is the same."""
+        epoch = member.epoch
+        terms = epoch.journal._terms
+        for peer in epoch.rows:
+            index = epoch.group.acknowledged(peer)
+            mark = (epoch.place, epoch.group.term, index)
+            if self._acknowledged.get((name, peer)) == mark:
+                continue
+            self._acknowledged[name, peer] = mark
+            at, held = self._disks.get(peer, (epoch.place, ()))
+            if at == epoch.place and index > 1 and list(held[:index]) != list(terms[:index]):
+                raise Failed(f"{name}, leading {epoch.place}, thinks that {peer} holds {index} entries of its log")
 
     def _require_majority(self, index: int, term: int, name: str, member: Member) -> None:
         """Raise Failed unless entry *index* is on enough disks; whoever is in a later epoch has had all of this one."""
