@@ -206,8 +206,7 @@ async def open_front(home: Home, place: Place) -> None:
 async def close_front(home: Home) -> None:
     """End the front of a member that has left."""
     async with await KeeperClient.connect(home) as keeper:
-        await front.stop(keeper)
-    front.forget(home)
+        await front.close(keeper, home)
 
 
 def _digest(token: str) -> str:

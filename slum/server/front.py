@@ -11,18 +11,20 @@ from __future__ import annotations
 import asyncio
 import base64
 import errno
+import fcntl
 import hashlib
 import os
 import socket
 import ssl
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from slum import log
-from slum.errors import ConfigError, QuorumLost, SlumError
+from slum.errors import ConfigError, SlumError
 from slum.frozen import Frozen
 from slum.node.caddyconfig import Json
 from slum.node.keeperclient import KeeperClient, KeeperError
@@ -45,6 +47,7 @@ FIRST_FD = 3
 BACKLOG = 1024
 START_S = 15.0
 LOOK_S = 20.0
+AGAIN_S = 1.0
 BODY_MB_MAX = 300
 RESTARTING = {
     "code": "no_quorum",
@@ -74,12 +77,19 @@ async def ensure(keeper: KeeperClient, home: Home, listen: Sequence[str] | None 
 
     Needs the certificate that trust.certify makes. ConfigError when an address is taken, SlumError when Caddy does not start.
     """
-    settings = Settings(listen=tuple(listen)) if listen is not None else read_settings(home)
-    if settings is None:
-        raise ConfigError("this machine has no front", hint="`slum server init` makes it")
     _make_folders(home)
-    addresses = await _listen(keeper, settings.listen)
-    trust.write(_settings_file(home), msgspec.json.encode(settings))
+    async with _alone(home):
+        settings = Settings(listen=tuple(listen)) if listen is not None else read_settings(home)
+        if settings is None:
+            raise ConfigError("this machine has no front", hint="`slum server init` makes it")
+        addresses = await _listen(keeper, settings.listen)
+        if listen is not None:
+            trust.write(_settings_file(home), msgspec.json.encode(settings))
+        await _ensure(keeper, home, addresses)
+    return addresses
+
+
+async def _ensure(keeper: KeeperClient, home: Home, addresses: tuple[str, ...]) -> None:
     config = front_config(home, len(addresses), home.authority_certificate.read_text())
     spawn = front_spawn(home, addresses, config)
     page = (await keeper.call("list", after=_BEFORE))["children"]
@@ -94,46 +104,53 @@ async def ensure(keeper: KeeperClient, home: Home, listen: Sequence[str] | None 
     for listening in await keeper.listeners():
         if listening.name.startswith(f"{NAME}/") and listening.name not in spawn.listeners:
             await keeper.close_listener(listening.name)
-    return addresses
 
 
-async def stop(keeper: KeeperClient) -> None:
-    """End the front and close its addresses; nothing to stop is fine. It stays this machine's: see ``forget``."""
-    await end(keeper, NAME)
-    for listening in await keeper.listeners():
-        if listening.name.startswith(f"{NAME}/"):
-            await keeper.close_listener(listening.name)
-
-
-def forget(home: Home) -> None:
-    """Make this machine one without a front, for a member that has left; end it first."""
-    for path in (_settings_file(home), home.front_certificate, home.front_key, *_copies(home)):
-        path.unlink(missing_ok=True)
+async def close(keeper: KeeperClient, home: Home) -> None:
+    """Make this machine one without a front, for a member that has left; nothing to close is fine."""
+    _make_folders(home)
+    async with _alone(home):
+        for path in (_settings_file(home), home.front_certificate, home.front_key, *_copies(home)):
+            path.unlink(missing_ok=True)
+        await end(keeper, NAME)
+        for listening in await keeper.listeners():
+            if listening.name.startswith(f"{NAME}/"):
+                await keeper.close_listener(listening.name)
 
 
 async def keep(control: Control) -> None:
     """Keep the front running and its certificate fresh, where there is to be one, until cancelled."""
     last = ""
     while True:
-        try:
-            if read_settings(control.home) is not None:
-                reader, actor = control.view.reader, f"slum@{control.me}"
-                await trust.certify(control.link, reader, control.home, control.me)
-                if (await control.link.leader()).is_self:
-                    await trust.seal_to(control.link, reader, control.home, actor=actor)
-                keeper = await KeeperClient.connect(control.home)
-                try:
-                    await ensure(keeper, control.home)
-                finally:
-                    await keeper.close()
-            last = ""
-        except QuorumLost as error:
-            log.get().debug("front_waits", why=error.message)
-        except (SlumError, KeeperError, OSError) as error:
-            if str(error) != last:
-                log.get().warning("front_not_kept", why=str(error))
-            last = str(error)
-        await asyncio.sleep(LOOK_S)
+        why = ""
+        # A front runs before anything can be committed: what is committed is read through it, and members find each other.
+        for step in (_certified, _running, _sealed) if _settings_file(control.home).exists() else ():
+            try:
+                await step(control)
+            except (SlumError, KeeperError, OSError) as error:
+                why = why or f"{type(error).__name__}: {error}"
+        if why and why != last:
+            log.get().warning("front_not_kept", why=why)
+        last = why
+        await asyncio.sleep(AGAIN_S if why else LOOK_S)
+
+
+async def _certified(control: Control) -> None:
+    await trust.certify(control.link, control.view.reader, control.home, control.me)
+
+
+async def _running(control: Control) -> None:
+    keeper = await KeeperClient.connect(control.home)
+    try:
+        await ensure(keeper, control.home)
+    finally:
+        await keeper.close()
+
+
+async def _sealed(control: Control) -> None:
+    """Where this member leads: see to it that every member can open the authority's key."""
+    if (await control.link.leader()).is_self:
+        await trust.seal_to(control.link, control.view.reader, control.home, actor=f"slum@{control.me}")
 
 
 def read_settings(home: Home) -> Settings | None:
@@ -245,6 +262,17 @@ def front_spawn(home: Home, addresses: Sequence[str], config: Json) -> Spawn:
         respawn=Respawn(),
         meta={"made_of": hashlib.sha256(msgspec.json.encode(facts)).hexdigest()[:16]},
     )
+
+
+@asynccontextmanager
+async def _alone(home: Home) -> AsyncIterator[None]:
+    """Keep the server and a command from doing it at the same time."""
+    descriptor = os.open(home.front / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        await asyncio.to_thread(fcntl.flock, descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _make_folders(home: Home) -> None:
