@@ -288,6 +288,39 @@ async def test_it_waits_for_its_configuration_and_takes_up_a_new_one(tmp_path: P
         assert made.child.poll() is None
 
 
+async def test_what_the_retention_has_passed_is_removed(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    old, young, bundle = (
+        store / "claims/5-000001/db/x",
+        store / "claims/6-000001/claim.json",
+        store / "blobs" / ("a" * 64),
+    )
+    for file in (old, young, bundle):
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"x")
+    os.utime(old, (1.0, 1.0))
+    with site(file_settings(tmp_path)) as made:
+        await made.ledger.up()
+        made.start()
+        await made.sent()
+        await wait_for(lambda: not old.parents[1].exists())
+        assert young.exists(), "it may be a claim that somebody is just making"
+        assert bundle.exists(), "it was named until now, for all that is known"
+
+
+async def test_a_claim_that_head_has_not_come_to_is_gone_on_with(tmp_path: Path) -> None:
+    """Killed between claim and HEAD, again and again, it does not claim again and again."""
+    with site(file_settings(tmp_path)) as made:
+        await made.ledger.up()
+        made.start()
+        await made.sent()
+        made.kill()
+        (tmp_path / "store" / manifest.HEAD).unlink()
+        made.start()
+        await made.sent()
+        assert len(claims(made)) == 1
+
+
 async def test_a_damaged_mirror_is_thrown_away_and_made_anew(tmp_path: Path) -> None:
     with site(file_settings(tmp_path)) as made:
         await made.ledger.up()

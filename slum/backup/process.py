@@ -104,6 +104,9 @@ class Backup:
             return self._work(runner, self._settings, self._store, lock)
         except ConfigError as error:
             self._fail(error, REFUSED_S)
+        except sqlite3.OperationalError as error:
+            # Locked, full, or a disk that fails: what is in the mirror is judged when it is opened again.
+            self._fail(SlumError(f"{self._home.backup}: {error}"), PAUSES_S[min(self._attempts, len(PAUSES_S) - 1)])
         except (follow.Gone, Damaged, writer.Overfull, sqlite3.Error) as error:
             # The mirror is of no use any more; what it is made from is.
             known = error if isinstance(error, SlumError) else SlumError(str(error))

@@ -298,8 +298,12 @@ def opened(home: Home, settings: Settings, keys: Keys, store: Store, *, member: 
     writer = None
     resumed = _resumed(folder, settings, store, head, standing)
     if resumed is None:
-        claim = _claim(folder, settings, store, head, standing, member)
         mirror = Mirror.make(home.state, folder / MIRROR)
+        try:
+            claim = _claim(folder, settings, store, head, mirror.position, member)
+        except BaseException:
+            mirror.close()
+            raise
         note("backup_claimed", claim=claim, seq=mirror.position.seq, bytes=mirror.path.stat().st_size)
     else:
         claim, mirror = resumed
@@ -361,9 +365,8 @@ def _resumed(
             claim is not None
             and claim.token == mine.token
             and mine.url == settings.url
-            and head is not None
-            and head.claim == mine.claim
-            and head.generation == standing.generation
+            and claim.generation == standing.generation
+            and not _is_past(mine.claim, head)
         ):
             mirror = Mirror.open(folder / MIRROR)
             at = mirror.position
@@ -372,13 +375,24 @@ def _resumed(
                 feed.next(at)
             finally:
                 feed.close()
-            if at.seq >= head.seq:
+            if head is None or head.claim != mine.claim or at.seq >= head.seq:
                 return mine.claim, mirror
     if mirror is not None:
         mirror.close()
     (folder / MINE).unlink(missing_ok=True)
     remove(folder / MIRROR)
     return None
+
+
+def _is_past(claim: str, head: Head | None) -> bool:
+    """Tell whether *head* is at a later claim; one that HEAD has not come to yet may still move it."""
+    if head is None:
+        return False
+    return (head.generation, manifest.number_of(head.claim)) > (_generation(claim), manifest.number_of(claim))
+
+
+def _generation(claim: str) -> int:
+    return int(claim.partition("-")[0])
 
 
 def _claim(folder: Path, settings: Settings, store: Store, head: Head | None, at: Position, member: str) -> str:
