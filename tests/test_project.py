@@ -42,7 +42,8 @@ NEVER = {
     "slum.operators": ("slum.server", "slum.ledger", "slum.cli", "slum.client", "slum.exports", "slum.plan"),
     "slum.exports": ("slum.server", "slum.ledger", "slum.cli", "slum.client", "slum.operators", "slum.node"),
     "slum.ledger": ("slum.server", "slum.cli", "slum.client", "slum.operators", "slum.exports", "slum.node"),
-    "slum.server": ("slum.cli", "slum.client", "slum.render"),
+    "slum.server": ("slum.cli", "slum.client", "slum.render", "slum.backup"),
+    "slum.backup": ("slum.cli", "slum.client", "slum.render"),
     "slum.client": ("slum.server", "slum.ledger.state", "slum.ledger.member"),
 }
 
