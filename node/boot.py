@@ -24,7 +24,7 @@ from slum.node.types import Log, Respawn, Spawn
 from slum.paths import Home
 
 AGENT = "agent"
-INHERITED = ("LANG", "LC_ALL", "TZ", "HOME", "VIRTUAL_ENV", ASKED)
+INHERITED = ("LANG", "LC_ALL", "TZ", "HOME", "VIRTUAL_ENV", "SLUM_LEDGER_OPTIONS", ASKED)
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 NOT_OURS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST})
 GRACE_S = 10.0

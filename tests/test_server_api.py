@@ -121,6 +121,14 @@ async def test_while_the_ledger_hangs_reads_say_so_and_writes_end(plane: Plane, 
     await eventually(answers)
 
 
+async def test_a_fresh_reading_waits_for_the_ledger(plane: Plane, http: httpx.AsyncClient) -> None:
+    done = await applied(http, a_fleet(a_service()))
+    fresh = await get(http, "state", api.State, fresh=1)
+    assert (fresh.revision, fresh.seq > done.seq) == (1, True)
+    plain = await get(http, "state", api.State)
+    assert plain.seq == fresh.seq
+
+
 def test_the_actor_is_the_kernels_word_and_the_hosts_own_name() -> None:
     peer = Local(uid=0, pid=1)
     assert peer.actor("laptop") == "root@laptop"

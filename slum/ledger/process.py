@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import os
 import secrets
+import shlex
 import signal
 import socket
 import sqlite3
@@ -43,6 +44,8 @@ WARNINGS = frozenset(
     }
 )
 JOIN_WAIT_S = 0.1
+OPTIONS = "SLUM_LEDGER_OPTIONS"
+"""In the environment: options for when to seal, before those of the command line (tests have small epochs by it)."""
 DISK_HINT = "look at its disk, then start again; nothing acknowledged is lost"
 
 
@@ -129,7 +132,7 @@ def _parse(arguments: Sequence[str]) -> tuple[Home, Config]:
     parser.add_argument("--epoch-entries", type=int, default=default.epoch_entries, help="seal after so many entries")
     parser.add_argument("--epoch-bytes", type=int, default=default.epoch_bytes, help="or so many bytes of journal")
     parser.add_argument("--ballast-bytes", type=int, default=default.ballast_bytes, help="held back for a full disk")
-    given = parser.parse_args(arguments)
+    given = parser.parse_args([*shlex.split(os.environ.get(OPTIONS, "")), *arguments])
     config = Config(epoch_entries=given.epoch_entries, epoch_bytes=given.epoch_bytes, ballast_bytes=given.ballast_bytes)
     return checked_home(given.data_dir, given.run_dir), config
 

@@ -56,6 +56,7 @@ ROUTES: tuple[Route, ...] = (
         path="/v1/state",
         handler=routes_read.get_state,
         access=Access.READ,
+        query=routes_read.StateQuery,
         response=api.State,
         summary="What a plan is made from, in one consistent answer",
     ),

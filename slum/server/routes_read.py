@@ -19,6 +19,7 @@ EVENTS_MAX = 1000
 LEADER_S = 1.0
 """How long the ledger is asked who leads, before the answer is made without it."""
 WAKE_S = 30.0
+FRESH_S = 5.0
 
 
 class Health(Frozen):
@@ -26,6 +27,11 @@ class Health(Frozen):
 
     ok: bool
     ledger: bool
+
+
+class StateQuery(Frozen, forbid_unknown_fields=True):
+    fresh: bool = False
+    """Linearizable: what was answered to anybody before this request is in it. 503 where no majority is in reach."""
 
 
 class EventsQuery(Frozen, forbid_unknown_fields=True):
@@ -101,7 +107,11 @@ async def get_machines(call: Call) -> tuple[api.MachineView, ...]:
 
 async def get_state(call: Call) -> api.State:
     control = call.control
+    query: StateQuery = call.query
+    at_least = await control.link.barrier(deadline_s=FRESH_S) if query.fresh else 0
     world = control.world()
+    if world.seq < at_least:
+        raise QuorumLost(f"this member shows seq {world.seq}, and {at_least} was committed", hint="ask again")
     return api.State(
         revision=world.revision,
         fleet=world.fleet,
