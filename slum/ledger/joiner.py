@@ -67,7 +67,9 @@ class Joiner:
         for path in folder.state_files(home):
             # A copy that was renamed before CURRENT named it.
             folder.remove_state_file(path)
-        net.set_members(join.members, self._hello, {member.id for member in join.members})
+        # Whoever has lost its disk may find its own name among them, and is refused there.
+        others = tuple(member for member in join.members if member.id != me.id)
+        net.set_members(others, self._hello, {member.id for member in others})
 
     def step(self, wait_s: float) -> bool:
         """Do what can be done, waiting at most *wait_s*; tell whether the ledger is there now."""
