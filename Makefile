@@ -2,7 +2,7 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help quickstart venv dev check test simulate simulate-mutations cluster cluster-down bench backup-demo clean ssh-hosts ssh-hosts-down
+.PHONY: help quickstart venv dev check test simulate simulate-mutations test-members cluster cluster-down bench backup-demo clean ssh-hosts ssh-hosts-down
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -35,6 +35,9 @@ simulate: $(VENV)/.dev  ## the ledger under a simulated network, disk and clock:
 
 simulate-mutations: $(VENV)/.dev  ## switch each protection of the ledger off, and see that the simulation notices: SEED=first
 	$(PY) -m tests.simulation.mutate --seed $(or $(SEED),1)
+
+test-members: $(VENV)/.dev  ## several members end to end, the long way
+	$(VENV)/bin/pytest tests/e2e/test_members.py tests/e2e/members_long.py $(PYTEST_ARGS)
 
 cluster: $(VENV)/.dev  ## three members and two tenements in network namespaces (root); prints how to reach and break them
 	@$(PY) tests/cluster_site.py up

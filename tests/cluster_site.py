@@ -30,6 +30,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from slum.node.keeperclient import keeper_command
+from slum.paths import Home
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 SLUM = Path(sys.executable).with_name("slum")
 API_PORT, LEDGER_PORT = 7443, 7444
@@ -121,7 +124,6 @@ class Cluster:
     def open(self) -> None:
         """Make the hub."""
         self.base.mkdir(mode=0o711)
-        self._made = True
         _sh("ip", "netns", "add", self.hub)
         self._hub("ip", "link", "add", "name", "br0", "type", "bridge")
         self._hub("ip", "link", "set", "br0", "up")
@@ -306,24 +308,28 @@ class Cluster:
                 shutil.rmtree(host.run, ignore_errors=True)
 
     def boot(self, *hosts: Host) -> None:
-        """Let machines that were powered off start slum again, as their init would; returns at once."""
+        """Let machines that were powered off start their keeper again, as their init would; returns at once."""
         for host in hosts:
-            words = ("server", "run") if (host.data / "state").is_dir() else ("up",)
-            self._booted.append(
-                subprocess.Popen(
-                    host.enter(str(SLUM), *words),
-                    env=self.env(host),
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    start_new_session=True,
-                    cwd="/",
-                )
+            words, env = keeper_command(Home(data=host.data, run=host.run))
+            started = subprocess.Popen(
+                host.enter(*words),
+                env={**env, **host.env},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                cwd="/",
             )
+            self._booted.append(started)
 
     def set_clock(self, host: Host, offset_s: float, *, library: Path | None = None) -> None:
-        """Let the programs of *host* that are started from now on see a clock that is *offset_s* off (libfaketime)."""
-        found = library or next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
+        """Let the programs of *host*, from its next boot on, see a clock that is *offset_s* off (apt: libfaketime).
+
+        Caddy is not fooled: it shows and checks certificates by the real time.
+        """
+        found = library or next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
+        if found is None:
+            raise Failed("libfaketime is not installed: apt-get install libfaketime")
         boot_file = host.data / "boot.json"
         boot = json.loads(boot_file.read_text())
         for child in boot["children"]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from e2e_site import Site
+from members_support import Cluster, members_and_more
 
 
 @pytest.fixture
@@ -21,6 +22,16 @@ def site(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Site]:
                 tail = log.read_text(errors="replace").splitlines()[-25:]
                 print(f"--- {log.relative_to(site.data)}", *tail, sep="\n")
         site.close()
+
+
+@pytest.fixture(scope="module")
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """Several members, shared by the tests of a file; when one of them failed, the logs are printed at the end."""
+    failed = request.session.testsfailed
+    with members_and_more() as made:
+        yield made
+        if request.session.testsfailed > failed:
+            made.show_logs()
 
 
 FAILED = pytest.StashKey[bool]()

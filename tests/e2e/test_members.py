@@ -1,79 +1,22 @@
 """Three members and tenements elsewhere, in network namespaces, by the command line alone: made, used, broken and mended.
 
-The tests of this file share one control plane and run in their order; each leaves it whole.
+The tests of this file share one control plane and run in their order; each leaves it whole. members_long.py goes on.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from members_support import (
+    ALL_HEALTHY,
+    MARKS,
+    Cluster,
+    is_whole,
+    phases,
+    pid_of_hello,
+    states,
+    until,
+)
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from cluster_provider import Provider, cloud_toml
-from cluster_site import Cluster, Host, fleet_toml, missing_tools, until
-
-pytestmark = [
-    pytest.mark.root,
-    pytest.mark.xdist_group("members"),
-    pytest.mark.skipif(bool(missing_tools()), reason=f"needs {', '.join(missing_tools())}"),
-]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    with Cluster() as made:
-        try:
-            made.make(members=3)
-            with Provider(made, [made.hosts[name] for name in made.members]):
-                toml = made.base / "slum.toml"
-                toml.write_text(fleet_toml(members=["m1", "m2"]) + cloud_toml(["t1"]))
-                made.slum(made.hosts["m2"], "apply", str(toml), "--yes", timeout=120)
-                yield made
-        except BaseException:
-            made.show_logs()
-            raise
-
-
-@pytest.fixture(autouse=True)
-def _logs_of_a_failure(request: pytest.FixtureRequest, cluster: Cluster) -> Iterator[None]:
-    failed = request.session.testsfailed
-    yield
-    if request.session.testsfailed > failed:
-        cluster.show_logs()
-
-
-def pid_of_hello(cluster: Cluster, host: Host) -> int:
-    (pid,) = {pid for pid, words in cluster.processes(host) if "serve_forever" in words}
-    return pid
-
-
-def is_whole(cluster: Cluster) -> bool:
-    """Tell whether every member sees every member up and at most one behind, and hears of its agents."""
-    for name in cluster.members:
-        view = cluster.view(cluster.hosts[name])
-        members = {row["id"]: row for row in view["members"]}
-        if set(members) != set(cluster.members) or view["leader"] is None:
-            return False
-        if any(row["role"] not in ("leader", "follower") or not row["followed"] for row in members.values()):
-            return False
-    return True
-
-
-def phases(cluster: Cluster, host: Host) -> dict[str, str]:
-    """Return the state of hello on each tenement, as *host* tells; unknown for one that is not heard of."""
-    rows = cluster.slum(host, "ps", "--json").json
-    return {row["tenement"]: "unknown" if row.get("stale_s") is not None else row["report"]["phase"] for row in rows}
-
-
-def states(cluster: Cluster, host: Host) -> dict[str, str]:
-    """Return the state of each machine, as *host* tells."""
-    return {row["name"]: row["state"] for row in cluster.slum(host, "status", "--json").json["tenements"]}
-
-
-ALL_HEALTHY = {"m1": "healthy", "m2": "healthy", "t1": "healthy"}
+pytestmark = MARKS
 
 
 def test_every_member_answers_for_all_of_the_fleet(cluster: Cluster) -> None:
@@ -182,25 +125,5 @@ def test_one_that_is_lost_is_replaced_and_another_leaves(cluster: Cluster) -> No
     assert not (cluster.hosts["m4"].data / "state").exists()
     cluster.join(cluster.host("m5"))
     until(lambda: is_whole(cluster), 30, "a whole cluster")
-    certificates = {
-        row["subject"]: row["state"]
-        for row in cluster.slum(cluster.hosts["m1"], "token", "certificates", "--json").json
-    }
-    assert certificates["member/m4"] == "revoked"
-
-
-def test_all_off_at_once_and_on_again(cluster: Cluster) -> None:
-    hosts = [cluster.hosts[name] for name in cluster.members]
-    before = pid_of_hello(cluster, cluster.hosts["t1"])
-    revision = cluster.slum(hosts[0], "status", "--json").json["revision"]
-    cluster.power_off(*hosts)
-    cluster.boot(*hosts)
-    until(lambda: is_whole(cluster), 40, "a whole cluster")
-    assert cluster.slum(hosts[1], "status", "--json").json["revision"] == revision
-    until(lambda: phases(cluster, hosts[0]) == ALL_HEALTHY, 30, "all services")
-    assert pid_of_hello(cluster, cluster.hosts["t1"]) == before
-    for host in hosts:
-        cluster.slum(host, "down")
-    for host in hosts:
-        cluster.slum(host, "up")
-    until(lambda: is_whole(cluster), 30, "a whole cluster")
+    events = cluster.slum(cluster.hosts["m1"], "events", "--kind", "certificate_revoked", "--json").json
+    assert {event["subject"] for event in events} >= {"member:m3", "member:m4"}
