@@ -2,7 +2,7 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help quickstart venv dev check test simulate simulate-mutations test-members cluster cluster-down bench backup-demo clean ssh-hosts ssh-hosts-down
+.PHONY: help quickstart venv dev check test simulate simulate-mutations test-members cluster cluster-down bench backup-demo clean ssh-hosts ssh-hosts-down test-ssh
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -50,6 +50,9 @@ bench: $(VENV)/.dev  ## all benchmarks, one after the other; figures to docs/ben
 
 ssh-hosts: $(VENV)/.dev  ## hosts with sshd in namespaces of this machine, N=5 of them, SYSTEMD=1 by systemd; prints a slum.toml
 	@$(PY) tests/ssh_hosts.py up $(or $(N),5) --systemd $(or $(SYSTEMD),0)
+
+test-ssh: $(VENV)/.dev  ## the ssh operator for longer: a bootstrap killed at 40 random moments, the whole path with real hosts
+	SLUM_SSH_ROUNDS=40 $(VENV)/bin/pytest tests/test_ssh.py tests/e2e/test_ssh.py $(PYTEST_ARGS)
 
 ssh-hosts-down:  ## remove them
 	@$(PY) tests/ssh_hosts.py down

@@ -9,12 +9,16 @@ leaves something that answers where the keeper does. uv and all that puts things
 from __future__ import annotations
 
 import asyncio
+import atexit
+import functools
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -97,6 +101,14 @@ class StandIns:
     async def of(self, _target: Target) -> Wheelhouse:
         wheels = (_slum_wheel(self._folder, self._version), _measured(_uv(self._folder)))
         return Wheelhouse(name=f"{self._version}-standin", wheels=wheels)
+
+
+@functools.cache
+def shared_wheels() -> Path:
+    """Return a folder of this process for wheels, removed at its end."""
+    folder = Path(tempfile.mkdtemp(prefix="slum-wheels-"))
+    atexit.register(shutil.rmtree, folder)
+    return folder
 
 
 def _uv(folder: Path) -> Path:

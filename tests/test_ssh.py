@@ -20,7 +20,7 @@ import asyncssh
 import pytest
 from ssh_hosts import FULL_DISK, NO_PYTHON, OLD_PYTHON, READ_ONLY, Host, Shape, a_site, require
 from ssh_hosts import Site as Hosts
-from ssh_support import CANARY, CLUSTER, NEIGHBOUR, StandIns, a_definition, a_spec
+from ssh_support import CANARY, CLUSTER, NEIGHBOUR, StandIns, a_definition, a_spec, shared_wheels
 from ssh_support import a_site as a_place
 
 from slum import model
@@ -37,8 +37,8 @@ SUPPORT = Path(__file__).with_name("ssh_support.py")
 
 
 @pytest.fixture(scope="session")
-def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("wheels")
+def wheels() -> Path:
+    return shared_wheels()
 
 
 @contextlib.contextmanager

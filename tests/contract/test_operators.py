@@ -100,7 +100,9 @@ def ssh_bench() -> Iterator[Bench]:
     with a_site_of(Shape(), Shape()) as hosts, TemporaryDirectory() as folder:
         definition = ssh_support.a_definition(hosts.key, [host.address for host in hosts.hosts])
         place = ssh_support.a_site(Path(folder))
-        yield Bench(*(Ssh(definition, place, houses=ssh_support.StandIns(Path(folder))) for _ in range(2)))
+        yield Bench(
+            *(Ssh(definition, place, houses=ssh_support.StandIns(ssh_support.shared_wheels())) for _ in range(2))
+        )
 
 
 BENCHES: dict[str, Callable[[], object]] = {
