@@ -22,6 +22,9 @@ from slum.server.boot import operator_site
 from slum.server.cluster import change_here
 from slum.server.feed import Feeder
 from slum.server.problems import BUG, Missing, problem_of
+from slum.server.route import Call
+from slum.server.routes_pause import get_pause
+from slum.server.routes_read import get_machines
 from slum.server.streams import close, pipe
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 
 ASK_S = 10.0
 CHUNK_S = 60.0
+READABLE = {"machines": get_machines, "pause": get_pause}
 
 
 async def serve(control: Control, websocket: WebSocket) -> None:
@@ -75,6 +79,8 @@ async def _answer(control: Control, websocket: WebSocket, asked: memberwire.AnyA
                 await _local(control, fence).destroy(machine_id)
             case memberwire.Change():
                 return memberwire.Answer(members=await change_here(control, asked))
+            case memberwire.Read(what=what):
+                return memberwire.Answer(body=msgspec.json.encode(await _read(control, websocket, what)))
             case memberwire.Store(digest=digest):
                 await control.blobs.put(digest, _chunks(websocket))
     except SlumError as error:
@@ -93,6 +99,13 @@ def _local(control: Control, fence: memberwire.Fence) -> Local:
     if fence < (cluster.generation, cluster.epoch, cluster.term):
         raise QuorumLost("another leader has been elected since", hint="it goes on with this")
     return Local(operator_site(control.home, control.me))
+
+
+async def _read(control: Control, websocket: WebSocket, what: str) -> object:
+    leader = await control.link.leader()
+    if not leader.is_self or what not in READABLE:
+        raise QuorumLost(f"{control.me} does not lead, or knows no {what!r}", hint="try again")
+    return await READABLE[what](Call(control=control, connection=websocket))
 
 
 async def _open(control: Control, websocket: WebSocket, asked: memberwire.Open) -> None:

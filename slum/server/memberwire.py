@@ -63,6 +63,12 @@ class Change(Ask):
     left: Member | None = None
 
 
+class Read(Ask):
+    """Tell me what only the leader knows: "machines" or "pause", as the API's routes of that name do."""
+
+    what: str
+
+
 class Fetch(Ask):
     """Give me a bundle: frames of its bytes, then the Answer."""
 
@@ -75,7 +81,7 @@ class Store(Ask):
     digest: str
 
 
-AnyAsk = Feed | Open | Observe | Create | Destroy | Change | Fetch | Store
+AnyAsk = Feed | Open | Observe | Create | Destroy | Change | Read | Fetch | Store
 
 
 class Told(Sparse):
@@ -100,6 +106,8 @@ class Answer(Sparse):
     problem: Problem | None = None
     machines: tuple[Machine, ...] = ()
     members: tuple[Member, ...] = ()
+    body: bytes = b""
+    """JSON, as the API would answer."""
 
 
 encode = msgspec.msgpack.Encoder().encode

@@ -12,7 +12,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -34,6 +34,7 @@ SILENCE_S = 4.0
 AGAIN_S = 0.3
 ERRAND_S = 10.0
 LOOK_S = 5.0
+T = TypeVar("T")
 
 
 class Relay:
@@ -140,6 +141,18 @@ class Relay:
         """Return *member*'s answer; the error that it answers is raised here."""
         async with self.asking(member, asked, deadline_s) as socket, asyncio.timeout(deadline_s):
             return await read_answer(socket, member)
+
+    async def of_leader(self, what: str, kind: type[T]) -> T | None:
+        """Return what the leader says of *what* (see memberwire.Read); None when we lead, or nobody who answers does."""
+        try:
+            leader = await self._link.leader()
+            if leader.is_self or leader.member is None:
+                return None
+            answer = await self.call(leader.member, memberwire.Read(what=what), ERRAND_S)
+            return msgspec.json.decode(answer.body, type=kind)
+        except (SlumError, msgspec.DecodeError) as error:
+            log.get().info("leader_not_asked", what=what, why=str(error))
+            return None
 
 
 async def read_answer(socket: WebSocket, member: str) -> memberwire.Answer:

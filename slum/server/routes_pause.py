@@ -27,6 +27,9 @@ async def get_pause(call: Call) -> api.PauseView:
     if world.paused is None:
         return api.PauseView(paused=False)
     if control.foretold is None:
+        told = await control.relay.of_leader("pause", api.PauseView)
+        if told is not None:
+            return told
         leader = await control.link.leader()
         if not leader.is_self:
             raise QuorumLost(

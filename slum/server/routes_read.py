@@ -101,8 +101,12 @@ async def _standing(control: Control) -> LedgerStatus | None:
 
 
 async def get_machines(call: Call) -> tuple[api.MachineView, ...]:
+    """Answer as the leader would, who asks the operators; without one from what is known here."""
     control = call.control
-    return observed.machines(control.world(), control.sights, control.troubles, time.monotonic())
+    told = await control.relay.of_leader("machines", tuple[api.MachineView, ...])
+    if told is not None:
+        return told
+    return observed.machines(control.world(), control.sights, control.known_troubles, time.monotonic())
 
 
 async def get_state(call: Call) -> api.State:
