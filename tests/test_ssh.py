@@ -18,7 +18,7 @@ from typing import Any
 
 import asyncssh
 import pytest
-from ssh_hosts import FULL_DISK, NO_PYTHON, OLD_PYTHON, READ_ONLY, Host, Shape, a_site, require
+from ssh_hosts import FULL_DISK, NO_PYTHON, OLD_PYTHON, READ_ONLY, Host, Shape, a_site, require, start, stop
 from ssh_hosts import Site as Hosts
 from ssh_support import CANARY, CLUSTER, NEIGHBOUR, StandIns, a_definition, a_spec, shared_wheels
 from ssh_support import a_site as a_place
@@ -88,6 +88,14 @@ def keepers(host: Host) -> list[int]:
     return [pid for pid in host.pids() if b"keeper.sock" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
+def size(file: Path) -> int:
+    """Return the bytes of *file*, 0 when it was just renamed."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 def assert_nothing_half_installed(host: Host) -> None:
     for folder in on(host, "/opt/slum").glob("[!.]*"):
         if folder.name != "wheels":
@@ -136,6 +144,21 @@ async def test_killed_at_any_moment_it_goes_on_and_converges(bench: Bench, seed:
             await asyncio.to_thread(process.wait, random.uniform(0.4, 2.5))
         process.kill()
         await asyncio.to_thread(process.communicate)
+    await converges(bench)
+
+
+async def test_a_host_that_loses_power_in_an_upload(bench: Bench) -> None:
+    (host,) = bench.site.hosts
+    process = await asyncio.to_thread(bench.start, "create")
+    end = time.monotonic() + 60
+    while not any(size(file) > 1 << 20 for file in on(host, "/opt/slum/wheels").glob("*/*")):
+        assert time.monotonic() < end
+        await asyncio.sleep(0)
+    stop(host)
+    assert_nothing_half_installed(host)
+    await asyncio.to_thread(process.communicate)
+    start(host)
+    await asyncio.to_thread(bench.site.wait)
     await converges(bench)
 
 
@@ -267,8 +290,6 @@ async def test_whoever_is_in_between_is_shown_nothing(tmp_path: Path, wheels: Pa
 async def test_a_bad_host_is_an_error_of_its_own_and_the_others_finish(tmp_path: Path, wheels: Path) -> None:
     shapes = (Shape(), NO_PYTHON, OLD_PYTHON, FULL_DISK, READ_ONLY, Shape(), Shape(), Shape(sudo=True))
     with hosts(*shapes) as site:
-        from ssh_hosts import stop
-
         addresses = [host.address for host in site.hosts]
         stop(site.hosts[5])
         user = {6: "deploy", 7: "deploy"}
@@ -292,8 +313,6 @@ async def test_a_bad_host_is_an_error_of_its_own_and_the_others_finish(tmp_path:
 async def test_what_cannot_be_seen_is_believed(bench: Bench) -> None:
     (host,) = bench.site.hosts
     machine = await bench.operator().create(a_spec())
-    from ssh_hosts import stop
-
     stop(host)
     assert await bench.operator().observe(CLUSTER) == ()
     held = Held(id=machine.id, key="w-1.1", machine="w-1", tenement="w", is_made=True)
