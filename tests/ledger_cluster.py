@@ -27,12 +27,19 @@ from slum.errors import QuorumLost, Unreachable
 from slum.ledger import folder, identity
 from slum.ledger.beginning import Beginning, begin
 from slum.ledger.client import connect
-from slum.ledger.commands import Done, LeaderInfo, Member, Proposal, Result
+from slum.ledger.commands import PROTOCOL, Done, LeaderInfo, Member, Proposal, Result
 from slum.ledger.schema import Position, read_position, row_hash
 from slum.ledger.world import Config
 from slum.paths import Home
 
 SMALL_BYTES = 1 << 20
+OTHER = """
+import sys
+import slum.ledger.commands as commands
+commands.PROTOCOL = %d
+from slum.ledger.process import main
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 def free_port() -> int:
@@ -48,6 +55,8 @@ class Node:
     home: Home
     log: Path
     child: subprocess.Popen[bytes] | None = None
+    protocol: int = PROTOCOL
+    """What its slum speaks; a newer one is this one that says so."""
 
     @property
     def runs(self) -> bool:
@@ -61,6 +70,8 @@ class Cluster:
     count: int = 3
     epoch_entries: int = 50
     epoch_bytes: int = SMALL_BYTES
+    removes: bool = True
+    """The folder goes at the end; else it is its owner's business."""
     base: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="sl", dir="/tmp")))
 
     def __post_init__(self) -> None:
@@ -88,7 +99,7 @@ class Cluster:
             self.kill(node)
         if os.environ.get("SLUM_TEST_KEEP"):
             sys.stdout.write(f"kept {self.base}\n")
-        else:
+        elif self.removes:
             shutil.rmtree(self.base)
 
     def start(self, *nodes: Node) -> None:
@@ -103,9 +114,8 @@ class Cluster:
             ]
             folders = ["--data-dir", str(node.home.data), "--run-dir", str(node.home.run)]
             with node.log.open("ab") as log:
-                node.child = subprocess.Popen(
-                    [sys.executable, "-m", "slum.ledger.process", *folders, *options], stderr=log, cwd=ROOT
-                )
+                program = ["-m", "slum.ledger.process"] if node.protocol == PROTOCOL else ["-c", OTHER % node.protocol]
+                node.child = subprocess.Popen([sys.executable, *program, *folders, *options], stderr=log, cwd=ROOT)
 
     def kill(self, *nodes: Node) -> None:
         for node in nodes:
@@ -114,6 +124,14 @@ class Cluster:
         for node in nodes:
             if node.child is not None:
                 node.child.wait()
+
+    async def keep(self) -> None:
+        """Start again whoever has ended, as the keeper does, until cancelled."""
+        while True:
+            for node in self.nodes:
+                if node.child is not None and not node.runs:
+                    self.start(node)
+            await asyncio.sleep(0.2)
 
     def signal(self, node: Node, number: int) -> None:
         assert node.child is not None

@@ -139,10 +139,13 @@ class Links:
         with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
             sock, _ = self._listening.accept()
             sock.setblocking(False)
-            strangers = sum(1 for link in self._links.values() if not link.is_up)
-            if strangers >= STRANGERS_MAX or self._contexts is None:
+            if self._contexts is None:
                 sock.close()
                 return
+            strangers = [link for link in self._links.values() if not link.is_up and link.outgoing is None]
+            if len(strangers) >= STRANGERS_MAX:
+                # The newest may be a member, which is through in milliseconds; who only holds a place goes.
+                self._end(min(strangers, key=lambda link: link.begun_at), "too many that have not said who they are")
             link = Link(sock, outgoing=None, begun_at=now)
             self._add(link)
             link.secure(self._contexts[1])

@@ -12,10 +12,21 @@ from typing import Any, Protocol
 
 import msgspec
 
-from slum.errors import QuorumLost, SlumError
+from slum.errors import Conflict, QuorumLost, SlumError
 from slum.ledger import disk
 from slum.ledger.changes import Changes
-from slum.ledger.commands import Entry, Header, LeaderStarted, NoteEvent, Proposal, Record, Seal, new_request_id
+from slum.ledger.commands import (
+    PROTOCOL,
+    Entry,
+    Header,
+    LeaderStarted,
+    NoteEvent,
+    Proposal,
+    Record,
+    Seal,
+    SetProtocol,
+    new_request_id,
+)
 from slum.ledger.commands import Member as MemberRow
 from slum.ledger.epoch import Epoch
 from slum.ledger.peers import Peers
@@ -96,6 +107,16 @@ class Offers:
         return group.leads and group.term == self._member.position.term and not self._member.sealed
 
     @property
+    def has_more(self) -> bool:
+        """Tell whether offer() has something to offer at once: nothing that it would wait for is under way."""
+        group = self._member.epoch.group
+        if not group.leads or self._member.sealed:
+            return False
+        if not self.is_ready:
+            return self._started_term != group.term
+        return self._sealing_term != group.term and self._proposer.queued > 0 and not self._proposer.in_flight
+
+    @property
     def leader(self) -> str | None:
         """The other member that leads."""
         return None if self._member.sealed else self._member.epoch.others_leader
@@ -134,7 +155,7 @@ class Offers:
             self._sealing_term = term
             self._propose_own(seal)
             return
-        batch = self._proposer.take_batch(self._refuse_growth if self._guard.low else None)
+        batch = self._proposer.take_batch(self._refuse)
         if batch:
             self.append(batch)
 
@@ -196,10 +217,25 @@ class Offers:
         if failure:
             self._proposer.put_back()
 
-    def _refuse_growth(self, proposal: Proposal) -> SlumError | None:
-        if not disk.may_grow(proposal.command, self._member.state.fleet_bytes()):
+    def _refuse(self, proposal: Proposal) -> SlumError | None:
+        """Return why *proposal* is not put into the log now, or None."""
+        if isinstance(proposal.command, SetProtocol):
+            return self._refuse_protocol(proposal.command.version)
+        if not self._guard.low or not disk.may_grow(proposal.command, self._member.state.fleet_bytes()):
             return None
         return QuorumLost(
             f"the disk of {self._guard.folder} is almost full ({self._guard.free_bytes >> 20} MiB free): only removals are taken",
             hint="free some space and try again; nothing was changed",
+        )
+
+    def _refuse_protocol(self, version: int) -> SlumError | None:
+        """A member that cannot follow would end at the entry: all must be there and know the protocol."""
+        spoken = {row.id: self._peers.sight(row.id).protocol for row in self._member.position.members}
+        spoken[self._member.epoch.me] = PROTOCOL
+        late = [name for name, found in sorted(spoken.items()) if found is None or found < version]
+        if not late:
+            return None
+        return Conflict(
+            f"protocol {version} is not known to be spoken by {', '.join(late)}",
+            hint="install this slum on every member first, and start those that are down; nothing was changed",
         )

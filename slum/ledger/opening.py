@@ -13,6 +13,7 @@ from pathlib import Path
 from slum.errors import invariant
 from slum.ledger import disk, fence, folder, journal
 from slum.ledger.beginning import Note, current_or_new
+from slum.ledger.commands import PROTOCOL
 from slum.ledger.member import Member
 from slum.ledger.net import Alone
 from slum.ledger.refusal import RECOVER, REJOIN, Refusal
@@ -51,6 +52,11 @@ def opened(
             path = current_or_new(home, config.epoch_bytes, now(), note)
             state = State.open(path, results_kept=config.results_kept)
             try:
+                if state.position.protocol > PROTOCOL:
+                    raise Refusal(
+                        f"{path} is of protocol {state.position.protocol}, this slum speaks {PROTOCOL}",
+                        hint="install the version of slum that the other members run; nothing was changed",
+                    )
                 try:
                     member = Member(home, config, state, guard, run=run, note=note, world=own)
                 except Refusal as error:
