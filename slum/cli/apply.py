@@ -41,7 +41,8 @@ def apply(
                 if not can_consent(asked) or never_had_one(asked.home):
                     first = plan_on(state_without(asked.home), prepared.fleet)
                     if not first.actions:
-                        return nothing_to_do(asked, first)
+                        nothing_to_do(asked, first)
+                        return None
                     if not can_consent(asked):
                         show(asked, first)
                         consent(asked, "")

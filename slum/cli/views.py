@@ -82,7 +82,7 @@ def status_lines(status: api.Status, instances: Sequence[api.InstanceView], pain
     if ledger.silent_s is not None:
         lines += [
             "",
-            "nothing can be changed until the ledger answers: `slum down` and `slum up` start it again, services go on",
+            "nothing can be changed until the ledger answers; it is started again by itself within some 60 s, and services go on",
         ]
     if status.paused:
         lines += [

@@ -23,10 +23,7 @@ T = TypeVar("T")
 RETRY_S = (0.02, 0.05, 0.1, 0.25, 0.5)
 """Pauses between attempts to connect; the last one repeats."""
 PROBE_S = 5.0
-SILENT_HINT = (
-    "when it has ended it is started again by itself, when it hangs `slum down` and `slum up` do that (services go on);"
-    " `slum status` tells when it is back"
-)
+SILENT_HINT = "it is started again by itself, within some 60 s also when it hangs; services go on, `slum status` tells when it is back"
 
 
 class Link:
