@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
 import re
 import ssl
 import time
@@ -19,7 +21,8 @@ from slum.errors import ConfigError
 from slum.ledger.commands import NoteCertificate
 from slum.pki import authority, request
 from slum.server.app import ROUTES
-from slum.server.peer import MAY, Access, visitor_of
+from slum.server.guard import Sessions
+from slum.server.peer import MAY, Access, Guest, visitor_of
 from slum.server.route import Kind, Route
 
 pytestmark = pytest.mark.xdist_group("front-access")
@@ -52,8 +55,6 @@ def apply(site: Site) -> None:
     asked = api.ApplyRequest(fleet=fleet, base_revision=0, request_id="0f" * 16 + ":0")
     with site.local() as http:
         blob = b"not much of a bundle"
-        import hashlib
-
         digest = hashlib.sha256(blob).hexdigest()
         assert http.put(f"/v1/blobs/{digest}", content=blob).status_code == 201
         fleet = a_fleet(a_service(bundle=digest))
@@ -145,8 +146,6 @@ def test_an_admin_is_named_in_the_audit_trail(site: Site, holders: dict[str, Hol
 
 def test_a_node_gets_the_bundles_of_its_own_config_only(site: Site, holders: dict[str, Holder | None]) -> None:
     other = b"somebody else's"
-    import hashlib
-
     digest = hashlib.sha256(other).hexdigest()
     with site.local() as http:
         http.put(f"/v1/blobs/{digest}", content=other)
@@ -306,3 +305,34 @@ def test_requests_that_are_none_are_refused() -> None:
     for bad in ("", "x", good[:-60], good.replace("A", "B", 40), "x" * 9000):
         with pytest.raises(ConfigError):
             authority.read_request(bad)
+
+
+async def test_a_session_that_is_slow_to_end_is_ended_once() -> None:
+    class Reader:
+        def revoked(self) -> frozenset[str]:
+            return frozenset({"ab"})
+
+    class Cluster:
+        members = ()
+
+    class World:
+        cluster = Cluster()
+
+    class View:
+        reader = Reader()
+
+        def world(self) -> World:
+            return World()
+
+    sessions, view, ended = Sessions(), View(), 0
+    peer = Guest(subject="user/ana", role="read", serial="ab", address="")
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(None) as timeout:
+            with sessions.opened(peer, timeout):
+                try:
+                    ended += sessions.end_revoked(view)  # type: ignore[arg-type]
+                    await asyncio.sleep(60)
+                finally:
+                    ended += sessions.end_revoked(view)  # type: ignore[arg-type]
+    assert ended == 1
+    assert sessions.end_revoked(view) == 0  # type: ignore[arg-type]

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 BEHIND_S = 1.0
 """A certificate that another member has just made may be on its way to this one's state."""
 LOOK_S = 0.2
+LEAVE_S = 10.0
+"""A member that leaves hears the end of what it asked, unless its certificate is revoked before."""
 AGAIN = "join again with a new token: `slum token new` makes one where the control plane runs"
 
 
@@ -66,7 +68,9 @@ class Guard:
         except TimeoutError:
             if not open_.expired():
                 raise
-            log.get().warning("session_ended", why="its certificate was revoked", peer=peer.subject, serial=peer.serial)
+            log.get().warning(
+                "session_ended", why="its certificate opens nothing any more", peer=peer.subject, serial=peer.serial
+            )
             await said.goodbye(scope["type"])
 
 
@@ -90,14 +94,16 @@ class Sessions:
             return 0
         revoked = view.reader.revoked()
         members = {f"member/{member.id}" for member in view.world().cluster.members}
-        gone = [
-            timeout
-            for timeout, peer in self._open.items()
-            if peer.serial in revoked or (peer.kind == "member" and peer.subject not in members)
-        ]
-        for timeout in gone:
-            timeout.reschedule(asyncio.get_running_loop().time())
-        return len(gone)
+        now, gone = asyncio.get_running_loop().time(), 0
+        for timeout, peer in self._open.items():
+            if timeout.expired():
+                continue
+            if peer.serial in revoked:
+                timeout.reschedule(now)
+                gone += 1
+            elif peer.kind == "member" and peer.subject not in members and timeout.when() is None:
+                timeout.reschedule(now + LEAVE_S)
+        return gone
 
     async def run(self, control: Control) -> None:
         """End what is revoked, for ever."""
@@ -185,7 +191,9 @@ class _Said:
             return
         try:
             if kind == "websocket":
-                await self._send({"type": "websocket.close", "code": 1008, "reason": "the certificate was revoked"})
+                await self._send(
+                    {"type": "websocket.close", "code": 1008, "reason": "the certificate opens nothing any more"}
+                )
             elif self._started:
                 await self._send({"type": "http.response.body", "body": b"", "more_body": False})
         except (RuntimeError, OSError) as error:
