@@ -237,6 +237,8 @@ def members(asked: Invocation, action: str | None, member: str | None, replace: 
     A removed member's certificate is revoked; it can come back only as a new one. Where it was lost with its disk, let another
     machine take its place first: --replace says how.
     """
+    from slum.problem import nearest
+
     if action == "remove" and member is None:
         raise click.UsageError("remove: name the member")
     if replace is not None:
@@ -252,6 +254,11 @@ def members(asked: Invocation, action: str | None, member: str | None, replace: 
         for line in cluster_lines(found, asked.paint):
             asked.say(line)
         return
+    known = [row.id for row in _cluster(asked).members]
+    if member not in known:
+        raise ConfigError(
+            f"{member} is no member{nearest(str(member), known)}", hint="`slum server members` lists them"
+        )
     if not consent(asked, f"Remove {member} from the members for good?"):
         asked.note("nothing was changed")
         return

@@ -16,8 +16,8 @@ RESTORE = (
 )
 
 REJOIN = (
-    "the other members have everything: remove this one there (`slum server members remove NAME`), move DIR/state away and join as "
-    "new; if a majority of them is lost for good, run `slum server recover` on the one that has most"
+    "the other members have everything: remove this one there (`slum server members remove NAME`) and join as new here (`slum server "
+    "join`, which puts DIR/state aside); if a majority of them is lost for good, run `slum server recover` on the one that has most"
 )
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CHANGE_S = 65.0
 """A little more than the ledger's own patience."""
-SHUT_OUT_S = 15.0
+LOOK_S = 30.0
 ADD_S = 300.0
 AGAIN_S = 0.5
 
@@ -101,30 +101,10 @@ async def change(control: Control, add: Member | None, remove: str | None) -> tu
 
 async def change_here(control: Control, asked: Change) -> tuple[Member, ...]:
     """Make a change of the members at this member, which leads; QuorumLost, naming the leader, when it does not."""
-    members = await control.link.members()
-    if asked.left is not None:
-        await _shut_out(control, asked.left)
-        return members
     changed = await change_members(control.home.ledger_socket, add=asked.add, remove=asked.remove, deadline_s=CHANGE_S)
     names = [row.id for row in changed]
     log.get().info("members_changed", added=asked.add.id if asked.add else None, removed=asked.remove, members=names)
-    for row in members:
-        if row.id == asked.remove and row.id != control.me:
-            await _shut_out(control, row)
-        elif row.id == asked.remove:
-            await _be_shut_out(control, row, names)
     return changed
-
-
-async def _be_shut_out(control: Control, row: Member, others: list[str]) -> None:
-    """Let one of those that stay do it, for we are no member any more."""
-    for name in others:
-        try:
-            await control.relay.call(name, Change(left=row), SHUT_OUT_S)
-        except SlumError as error:
-            log.get().info("not_shut_out_yet", by=name, why=error.message)
-        else:
-            return
 
 
 def row_of(offer: api.MemberOffer) -> Member:
@@ -180,20 +160,42 @@ class Adding:
             self._under_way.discard(row)
 
 
-async def _shut_out(control: Control, row: Member) -> None:
-    """Revoke the certificates of one that left, and seal the authority's key without it; what fails is said.
+async def shut_out_who_left(control: Control) -> None:
+    """Take from each that leaves what it could still use, where the leader is, until cancelled."""
+    known: tuple[Member, ...] = ()
+    gone: tuple[Member, ...] = ()
+    while True:
+        seen = control.committed.count
+        try:
+            members = control.world().cluster.members
+            names = {member.id for member in members}
+            gone = tuple(row for row in {*gone, *known} if row.id not in names)
+            known = members
+            leader = await control.link.leader() if gone else None
+            if leader is not None and leader.is_self:
+                await _shut_out(control, gone)
+            if leader is not None and leader.member is not None:
+                gone = ()
+        except SlumError as error:
+            log.get().warning("members_not_shut_out", why=error.message)
+            await asyncio.sleep(AGAIN_S)
+        await control.committed.wait(seen, LOOK_S)
 
-    Its certificate opens nothing any more in any case: the guard knows who the members are.
+
+async def _shut_out(control: Control, gone: tuple[Member, ...]) -> None:
+    """Revoke the certificates of *gone*, and seal the authority's key without them.
+
+    These open nothing any more in any case: the guard knows who the members are.
     """
-    actor = f"slum@{control.me}"
-    command = Revoke(subject=f"member/{row.id}", why="it is no member any more")
-    reader = control.view.reader
-    try:
+    actor, reader = f"slum@{control.me}", control.view.reader
+    subjects = {f"member/{row.id}" for row in gone}
+    serials = [row.serial for row in reader.certificates() if row.subject in subjects and not row.revoked_at]
+    for serial in serials:
+        command = Revoke(serial=serial, why="it is no member any more")
         await control.commit(command, new_request_id(secrets.token_hex(16), reader.seq()), actor)
-        if reader.authority() is not None and row.recipient:
-            await trust.seal_to(control.link, reader, control.home, drop=(row.recipient,), actor=actor)
-    except SlumError as error:
-        log.get().warning("member_not_shut_out", member=row.id, why=error.message)
+    if reader.authority() is not None:
+        drop = [row.recipient for row in gone if row.recipient]
+        await trust.seal_to(control.link, reader, control.home, drop=drop, actor=actor)
 
 
 def checked_removal(control: Control, member: str, *, by_itself: bool) -> None:

@@ -56,11 +56,10 @@ class Destroy(Ask):
 
 
 class Change(Ask):
-    """Change the members; only the leader can. *left*: one that led and has left shall be shut out."""
+    """Change the members; only the leader can."""
 
     add: Member | None = None
     remove: str | None = None
-    left: Member | None = None
 
 
 class Read(Ask):

@@ -27,6 +27,7 @@ from slum.paths import Home, checked_home
 from slum.server import front
 from slum.server.app import make_app
 from slum.server.blobs import collect_for_ever
+from slum.server.cluster import shut_out_who_left
 from slum.server.control import Control
 from slum.server.dial import dialler
 from slum.server.link import Link
@@ -108,6 +109,7 @@ def make_server(home: Home, remote: socket.socket) -> Server:
         "front": front.keep(control),
         "copies": control.copies.run(),
         "adding": control.adding.run(),
+        "shutting out": shut_out_who_left(control),
         "alive": Alive().keep_telling(),
     }
 
