@@ -15,6 +15,7 @@ import pytest
 from backup_support import KEY, S3, SECRET, Site, careless, is_alive, note, notes, site, start_backup, wait_for, whys
 from ledger_support import desired, fleet, service
 
+from slum.backup import claims as own_claims
 from slum.backup import config, manifest, writer
 from slum.backup.config import Keys, Settings
 from slum.backup.manifest import Head
@@ -132,7 +133,7 @@ async def test_all_killed_mid_write_a_prefix_of_what_was_acknowledged_comes_back
         assert found == [f"w.{n}" for n in range(len(found))]
         assert len(found) <= len(acknowledged) + 1
         # The mirror's own log says what the chain was there.
-        with closing(sqlite3.connect(made.home.backup / writer.MIRROR)) as db:
+        with closing(sqlite3.connect(made.home.backup / own_claims.MIRROR)) as db:
             ((chain,),) = db.execute("SELECT chain FROM _backup_log WHERE seq = ?", (point.position.seq,)).fetchall()
         assert chain == point.position.chain
 
@@ -165,7 +166,7 @@ async def test_a_stale_claimant_writes_below_its_own_prefix_only(tmp_path: Path)
         other = Home(data=made.ledger.base / "d2", run=made.ledger.base / "r2")
         other.data.mkdir()
         (other.data / "state").symlink_to(made.home.state)
-        lock = writer.locked(other, 1)
+        lock = own_claims.locked(other, 1)
         second = writer.opened(
             other, made.settings, Keys(KEY, SECRET), made.store, member="m2", note=lambda *_, **__: None, lock=lock
         )
@@ -232,7 +233,7 @@ async def test_what_waits_is_bounded_and_a_new_claim_begins_when_it_was_not(s3: 
                 big = fleet(service("big", command=("run", os.urandom(300_000).hex(), str(number))))
                 seq = await made.write(desired(big, number))
             await wait_for(lambda: "MiB wait for the store" in made.log, 90, lambda: made.log[-2000:])
-            await wait_for(lambda: not (made.home.backup / writer.MIRROR).exists())
+            await wait_for(lambda: not (made.home.backup / own_claims.MIRROR).exists())
         finally:
             s3.start()
         head = await made.sent(seq, 60)
@@ -269,7 +270,7 @@ async def test_a_store_that_ignores_conditions_is_refused_before_anything_is_sen
         await wait_for(lambda: events(made, "backup_refused"), words=lambda: made.log)
         assert "creates over an object that is there" in events(made, "backup_refused")[0]
         assert made.head() is None
-        assert not (made.home.backup / writer.MIRROR).exists()
+        assert not (made.home.backup / own_claims.MIRROR).exists()
 
 
 async def test_it_waits_for_its_configuration_and_takes_up_a_new_one(tmp_path: Path) -> None:
@@ -328,8 +329,8 @@ async def test_a_damaged_mirror_is_thrown_away_and_made_anew(tmp_path: Path) -> 
         await made.write(*notes(20))
         await made.sent()
         made.kill()
-        mirror = made.home.backup / writer.MIRROR
-        (made.home.backup / f"{writer.MIRROR}-wal").unlink(missing_ok=True)
+        mirror = made.home.backup / own_claims.MIRROR
+        (made.home.backup / f"{own_claims.MIRROR}-wal").unlink(missing_ok=True)
         data = bytearray(mirror.read_bytes())
         data[4096 : len(data) // 2] = b"\xff" * (len(data) // 2 - 4096)
         mirror.write_bytes(data)

@@ -23,7 +23,7 @@ from types import FrameType
 from typing import Any
 
 from slum import log
-from slum.backup import status, verify, writer
+from slum.backup import claims, status, verify, writer
 from slum.backup.config import Keys, Settings, keys_of, load, secrets_file
 from slum.backup.litestream import LitestreamFailed
 from slum.backup.manifest import Verified
@@ -76,7 +76,7 @@ class Backup:
         self._stopping.set()
 
     def run(self) -> None:
-        lock = writer.locked(self._home, LOCK_S)
+        lock = claims.locked(self._home, LOCK_S)
         for left in self._home.backup.glob(f"{verify.PREFIX}*"):
             shutil.rmtree(left, ignore_errors=True)
         try:
@@ -111,7 +111,7 @@ class Backup:
             # The mirror is of no use any more; what it is made from is.
             known = error if isinstance(error, SlumError) else SlumError(str(error))
             self._fail(known, PAUSES_S[0])
-            writer.forget(self._home)
+            claims.forget(self._home)
         except (SlumError, OSError) as error:
             known = error if isinstance(error, SlumError) else SlumError(str(error))
             self._fail(known, PAUSES_S[min(self._attempts, len(PAUSES_S) - 1)])

@@ -7,31 +7,22 @@ prefix of the ledger; else a new one is made from a fresh copy. Everything block
 
 from __future__ import annotations
 
-import fcntl
-import os
-import secrets
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from slum import __version__
-from slum.backup import bundles, litestream, manifest
+from slum.backup import bundles, claims, litestream, manifest
 from slum.backup.config import Keys, Settings
 from slum.backup.litestream import Child, LitestreamFailed
-from slum.backup.manifest import Claim, Head, Verified
-from slum.backup.mirror import Feed, Mirror, backlog_bytes, remove
+from slum.backup.manifest import Head, Verified
+from slum.backup.mirror import Feed, Mirror, backlog_bytes
 from slum.backup.store import Store, Taken, probe
-from slum.errors import ConfigError, SlumError
+from slum.errors import SlumError
 from slum.ledger import follow, schema
-from slum.ledger.refusal import Refusal
 from slum.ledger.schema import Position
 from slum.paths import Home
 
-MIRROR, MINE = "mirror.db", "claim.json"
 SYNC_S = 10.0
 """Litestream goes on by itself after it; only then is it known what there is."""
 SYNC_BYTES_S = 256 << 10
@@ -45,10 +36,6 @@ Note = Callable[..., Any]
 
 class Superseded(SlumError):
     """Another claim is in force: this one is over."""
-
-
-class NotAllowed(ConfigError):
-    """This ledger may not be backed up there; a person must decide."""
 
 
 class Overfull(SlumError):
@@ -260,7 +247,7 @@ class Writer:
         is_ours = self.head.generation == at.generation and self.head.lineage == at.lineage
         if is_ours and manifest.number_of(self.head.claim) > manifest.number_of(self.claim):
             raise Superseded(f"claim {self.head.claim} of {self.head.member} has replaced {self.claim}")
-        _allow(self.head, at, seq=max(at.seq, self.head.seq))
+        claims.allow(self.head, at, seq=max(at.seq, self.head.seq))
         if self.verified is None:
             self.verified = self.head.verified
 
@@ -293,14 +280,14 @@ def opened(home: Home, settings: Settings, keys: Keys, store: Store, *, member: 
     head_found = store.get(manifest.HEAD)
     head = None if head_found is None else manifest.decode_head(head_found.data)
     standing = follow.standing(home.state)
-    _allow(head, standing, seq=standing.seq)
+    claims.allow(head, standing, seq=standing.seq)
     probe(store)
     writer = None
-    resumed = _resumed(folder, settings, store, head, standing)
+    resumed = claims.resumed(folder, settings, store, head, standing)
     if resumed is None:
-        mirror = Mirror.make(home.state, folder / MIRROR)
+        mirror = Mirror.make(home.state, folder / claims.MIRROR)
         try:
-            claim = _claim(folder, settings, store, head, mirror.position, member)
+            claim = claims.claim_of_our_own(folder, settings, store, head, mirror.position, member)
         except BaseException:
             mirror.close()
             raise
@@ -318,108 +305,3 @@ def opened(home: Home, settings: Settings, keys: Keys, store: Store, *, member: 
             mirror.close()
         raise
     return writer
-
-
-def forget(home: Home) -> None:
-    """Remove the mirror and the right to go on below its prefix."""
-    folder = home.backup
-    (folder / MINE).unlink(missing_ok=True)
-    remove(folder / MIRROR)
-
-
-def locked(home: Home, wait_s: float) -> int:
-    """Return a descriptor that holds the backup's lock, which a Litestream that still ends may keep for a moment."""
-    folder = home.backup
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    end = time.monotonic() + wait_s
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor
-        except BlockingIOError:
-            if time.monotonic() > end:
-                os.close(descriptor)
-                raise SlumError(f"{folder}: another backup process runs on it", hint="stop that one first") from None
-            time.sleep(0.05)
-
-
-class _Mine(msgspec.Struct):
-    """What is remembered of the claim on this machine."""
-
-    claim: str
-    token: str
-    url: str
-
-
-def _resumed(
-    folder: Path, settings: Settings, store: Store, head: Head | None, standing: Position
-) -> tuple[str, Mirror] | None:
-    """Return the claim and mirror of before, when both still are in force; None, and nothing of them left, otherwise."""
-    mirror = None
-    with suppress(OSError, msgspec.MsgspecError, Refusal, follow.Gone):
-        mine = msgspec.json.decode((folder / MINE).read_bytes(), type=_Mine)
-        found = store.get(f"{manifest.prefix_of(mine.claim)}/claim.json")
-        claim = None if found is None else msgspec.json.decode(found.data, type=Claim)
-        if (
-            claim is not None
-            and claim.token == mine.token
-            and mine.url == settings.url
-            and claim.generation == standing.generation
-            and not _is_past(mine.claim, head)
-        ):
-            mirror = Mirror.open(folder / MIRROR)
-            at = mirror.position
-            feed = Feed(folder.parent / "state")
-            try:
-                feed.next(at)
-            finally:
-                feed.close()
-            if head is None or head.claim != mine.claim or at.seq >= head.seq:
-                return mine.claim, mirror
-    if mirror is not None:
-        mirror.close()
-    (folder / MINE).unlink(missing_ok=True)
-    remove(folder / MIRROR)
-    return None
-
-
-def _is_past(claim: str, head: Head | None) -> bool:
-    """Tell whether *head* is at a later claim; one that HEAD has not come to yet may still move it."""
-    if head is None:
-        return False
-    return (head.generation, manifest.number_of(head.claim)) > (_generation(claim), manifest.number_of(claim))
-
-
-def _generation(claim: str) -> int:
-    return int(claim.partition("-")[0])
-
-
-def _claim(folder: Path, settings: Settings, store: Store, head: Head | None, at: Position, member: str) -> str:
-    """Create a claim of our own and return its name."""
-    token = secrets.token_hex(16)
-    while True:
-        names = {listed.name.split("/")[1] for listed in store.list(manifest.CLAIMS)}
-        name = manifest.next_claim(head, at.generation, names)
-        claim = Claim(
-            format=manifest.FORMAT,
-            cluster=at.cluster_id,
-            generation=at.generation,
-            member=member,
-            token=token,
-            at=time.time(),
-            seq=at.seq,
-        )
-        try:
-            store.create(f"{manifest.prefix_of(name)}/claim.json", manifest.encode(claim))
-        except Taken:
-            continue
-        litestream.write_private(folder / MINE, {"claim": name, "token": token, "url": settings.url})
-        return name
-
-
-def _allow(head: Head | None, at: Position, *, seq: int) -> None:
-    why = manifest.why_not(head, cluster=at.cluster_id, generation=at.generation, lineage=at.lineage, seq=seq)
-    if why:
-        hint = "give this cluster an address of its own in server.toml, or restore from what is there"
-        raise NotAllowed(why, hint=hint)
