@@ -2,7 +2,7 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help quickstart venv dev check test simulate simulate-mutations test-members cluster cluster-down bench backup-demo clean ssh-hosts ssh-hosts-down test-ssh
+.PHONY: help quickstart venv dev check test simulate simulate-mutations chaos chaos-all test-members cluster cluster-down bench backup-demo clean ssh-hosts ssh-hosts-down test-ssh
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -38,6 +38,13 @@ simulate-mutations: $(VENV)/.dev  ## switch each protection of the ledger off, a
 
 test-members: $(VENV)/.dev  ## several members end to end, the long way
 	$(VENV)/bin/pytest tests/e2e/test_members.py tests/e2e/members_long.py $(PYTEST_ARGS)
+
+chaos: $(VENV)/.dev  ## break a cluster in network namespaces, under load, and check all it promised (root): MINUTES= SEED= MEMBERS= EPOCH=
+	@$(PY) -m tests.chaos --minutes $(or $(MINUTES),5) --seed $(or $(SEED),1) --members $(or $(MEMBERS),3) --epoch-entries $(or $(EPOCH),50)
+
+chaos-all: $(VENV)/.dev  ## 20 seeds of 3 minutes with small epochs and 20 with default ones: two hours and a half: SEED=first
+	@$(PY) -m tests.chaos --minutes 3 --seed $(or $(SEED),1) --seeds 20 --epoch-entries 50
+	@$(PY) -m tests.chaos --minutes 3 --seed $(or $(SEED),1) --seeds 20 --epoch-entries default
 
 cluster: $(VENV)/.dev  ## three members and two tenements in network namespaces (root); prints how to reach and break them
 	@$(PY) tests/cluster_site.py up
