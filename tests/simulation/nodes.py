@@ -29,6 +29,7 @@ from slum.ledger.world import Config, World
 
 TICK_S = 0.04
 SOON_S = 0.0002
+STALL_S = 0.06
 CLUSTER = "c0ffee"
 
 
@@ -85,6 +86,7 @@ class Nodes:
         self.faults = faults
         self.witness = witness
         self.trace = trace
+        self.stalls = chance.choice([0.0, 0.02, 0.1])
         self.all: dict[str, Node] = {}
 
     @property
@@ -156,6 +158,9 @@ class Nodes:
             return
         # What it has just taken in is worked on soon; else the next tick is.
         node.next_at = self.clock.at + (SOON_S if self.faults.moved else TICK_S)
+        if self.stalls and self.chance.random() < self.stalls:
+            # The machine has something else to do, at the worst of moments.
+            node.paused_until = self.clock.at + STALL_S * self.chance.random()
         self.witness.look(node.name, member, self.clock.at)
         for take, answer in member.proposer.release():
             take(answer)

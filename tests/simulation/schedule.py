@@ -64,6 +64,7 @@ class Schedule:
         delay_s, hurry = chance.choice(
             [(0.0005, 1.0), (0.002, 1.0), (0.02, 1.0), (0.02, 0.3), (0.06, 0.4), (0.12, 0.3)]
         )
+        self.hurries = hurry < 1.0
         drawn = chance.random() < 0.25
         self.rolling = drawn if rolling is None else rolling
         strays = chance.choice([0.0, 0.05, 0.3])
@@ -289,7 +290,7 @@ class Schedule:
     def heal(self) -> None:
         self.heal_net()
         self.faults.disarm()
-        self.switch.strays = 0.0
+        self.switch.strays = self.nodes.stalls = 0.0
         self.switch.delay_s = min(self.switch.delay_s, 0.02)
         for node in self.nodes.all.values():
             node.up_at = min(node.up_at, self.clock.at)
@@ -302,7 +303,7 @@ class Schedule:
         self.settle()
         leaders = [node for node in self.nodes.leading if node.member is not None and node.member.is_ready]
         voters = [row.id for row in leaders[0].member.position.members] if leaders and leaders[0].member else []
-        if len(leaders) != 1 or len(voters) < 3 or not self.clocks_agree:
+        if len(leaders) != 1 or len(voters) < 3 or not self.clocks_agree or self.hurries:
             return
         leader = leaders[0].name
         other = self.chance.choice([name for name in voters if name != leader])
