@@ -18,6 +18,7 @@ from slum.cli.terminal import attach
 from slum.errors import Unreachable
 from slum.node.websocket import connect
 from slum.paths import Home
+from slum.reach import Here
 
 END = wire.encoder.encode(wire.StreamEnd(status=7))
 Peer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -69,7 +70,7 @@ async def test_an_answer_that_comes_with_the_handshake_and_the_goodbye_is_read()
 
 async def test_a_command_that_ends_with_the_handshake_gives_its_status() -> None:
     async with a_server(all_at_once) as home:
-        assert await asyncio.to_thread(attach, home, "exec", [("service", "notes")], terminal=False) == 7
+        assert await asyncio.to_thread(attach, Here(home), "exec", [("service", "notes")], terminal=False) == 7
 
 
 async def test_a_peer_that_resets_before_it_answers_is_unreachable() -> None:
@@ -77,4 +78,4 @@ async def test_a_peer_that_resets_before_it_answers_is_unreachable() -> None:
         with pytest.raises(Unreachable, match="the member is gone"):
             await connect(home.api_socket, "/v1/exec", 5)
         with pytest.raises(Unreachable, match="closed the connection"):
-            await asyncio.to_thread(attach, home, "exec", [("service", "notes")], terminal=False)
+            await asyncio.to_thread(attach, Here(home), "exec", [("service", "notes")], terminal=False)
