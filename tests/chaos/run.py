@@ -29,7 +29,6 @@ WORK_S = 240.0
 CALM_S = 1.0
 CLIENTS = 2
 """At each member's socket; and one a member through the fronts."""
-PACE_S = 0.2
 AWAY_S = 15.0
 AWAY_ENTRIES = 150
 NOTICED_S = 3.0
@@ -45,6 +44,8 @@ class Plan:
     epoch_entries: int | None = 50
     steps: int | None = None
     """At most so many; None: as many as the time takes."""
+    pace_s: float = 0.2
+    """How long a client waits between two operations, about."""
     keep: Path | None = None
     """Where logs and the history go when something is wrong."""
 
@@ -99,7 +100,7 @@ def workload(plan: Plan, site: Site, history: History) -> Iterator[list[Client |
     homes = [(host, None) for host in members for _ in range(CLIENTS)]
     homes += [(host, tenements[n % len(tenements)]) for n, host in enumerate(members) if tenements]
     workers: list[Client | Prober] = [
-        Client(site, history, f"c{number}", home, plan.seed, inside=inside, pace_s=PACE_S)
+        Client(site, history, f"c{number}", home, plan.seed, inside=inside, pace_s=plan.pace_s)
         for number, (home, inside) in enumerate(homes, 1)
     ]
     workers += [Prober(host) for host in tenements]
