@@ -43,8 +43,8 @@ chaos: $(VENV)/.dev  ## break a cluster in network namespaces, under load, and c
 	@$(PY) -m tests.chaos --minutes $(or $(MINUTES),5) --seed $(or $(SEED),1) --members $(or $(MEMBERS),3) --epoch-entries $(or $(EPOCH),50)
 
 chaos-all: $(VENV)/.dev  ## 20 seeds of 3 minutes with small epochs and 20 with default ones: two hours and a half: SEED=first
-	@$(PY) -m tests.chaos --minutes 3 --seed $(or $(SEED),1) --seeds 20 --epoch-entries 50
-	@$(PY) -m tests.chaos --minutes 3 --seed $(or $(SEED),1) --seeds 20 --epoch-entries default
+	@failed=0; for epoch in 50 default; do \
+	  $(PY) -m tests.chaos --minutes 3 --seed $(or $(SEED),1) --seeds 20 --epoch-entries $$epoch || failed=1; done; exit $$failed
 
 cluster: $(VENV)/.dev  ## three members and two tenements in network namespaces (root); prints how to reach and break them
 	@$(PY) tests/cluster_site.py up

@@ -10,6 +10,8 @@ packages=(python3 python3-venv bubblewrap ca-certificates curl nftables)
 [ "$what" = dev ] && packages+=(etcd-server etcd-client)
 # Hosts to bootstrap: tests/ssh_hosts.py.
 [ "$what" = dev ] && packages+=(openssh-server sudo iproute2 util-linux systemd-container)
+# Members with a wrong clock: tests/cluster_site.py.
+[ "$what" = dev ] && packages+=(libfaketime)
 # For prism, which holds what the cloud operators say and hear against the providers' own descriptions.
 [ "$what" = dev ] && for tool in nodejs:node npm:npm; do command -v "${tool#*:}" >/dev/null || packages+=("${tool%:*}"); done
 
