@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shutil
 import signal
 import sys
 import traceback
@@ -64,6 +65,8 @@ def _one(given: argparse.Namespace, seed: int) -> Report:
     print(report, flush=True)
     if report.problems:
         print(f"   logs and history: {keep}")
+    else:
+        shutil.rmtree(keep, ignore_errors=True)
     return report
 
 
