@@ -24,6 +24,11 @@ def is_our_future(path: Path, was: Position, history: Mapping[Place, str], confi
         fresh = State.open(path, results_kept=config.results_kept)
     except Refusal:
         return False
+    try:
+        fresh.check_events()
+    except Refusal:
+        fresh.close()
+        return False
     at, theirs = fresh.position, fresh.history()
     fresh.close()
     place = (was.generation, was.epoch)

@@ -31,6 +31,11 @@ class Follower(Protocol):
     @property
     def commit(self) -> int: ...
 
+    @property
+    def is_sound(self) -> bool:
+        """Nobody's rows differ from ours, as far as we know: others may have a copy of them."""
+        ...
+
     def journal_of(self, place: Place) -> Journal | None: ...
 
     def feed(self, peer: str, tail: Tail) -> None: ...
@@ -93,6 +98,8 @@ class CatchUp:
             case WantTail():
                 self._post(peer, self._tail(message))
             case WantCopy():
+                if not self._follower.is_sound:
+                    return
                 self._post(peer, self._outgoing.part(message))
             case Tail():
                 if peer == self._source and message.place == self._follower.place and not self._wants_copy:

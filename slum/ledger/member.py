@@ -365,6 +365,10 @@ class Member:
         applied = len(log) if self.sealed else self.position.applied
         raise fence.replaced(self._home, log, applied, by=peer, generation=generation, mine=mine)
 
+    @property
+    def is_sound(self) -> bool:
+        return self._watch.rows_agree
+
     def journal_of(self, place: Place) -> journal.Journal | None:
         """Return the journal of *place* if it is this epoch's or the one before."""
         if place == self.place:

@@ -40,6 +40,10 @@ class Watch:
     def own_clock_is_wrong(self) -> bool:
         return self._me in self._wrong
 
+    @property
+    def rows_agree(self) -> bool:
+        return self._rows_differ is None
+
     def look(self, members: Collection[Member]) -> None:
         """Look at what is due; raise the Refusal that ends this member when a majority of *members* has other rows."""
         for event in self._guard.check(self._clock()):
