@@ -76,8 +76,9 @@ def terraform_readme(fleet: Fleet, variables: Sequence[tuple[str, str]], losses:
         lines += [f"- `{name}`: {meaning}" for name, meaning in variables]
         lines.append("")
     lines += [
-        "What runs on the machines is not Terraform's: `slum apply` sends it when they have joined. `terraform destroy`",
-        "removes the machines with their data.",
+        "Machines that Terraform makes are not slum's to make: in the slum.toml that you apply, their operators become",
+        '`type = "join"`, which makes nothing. Then `slum apply --no-wait`, a token for each machine, and `terraform apply`;',
+        "each machine is sent its services as soon as it has joined. `terraform destroy` removes the machines with their data.",
         "",
     ]
     return "\n".join(lines) + losses_note(losses)

@@ -19,6 +19,7 @@ from slum.model import (
     Deploy,
     EnvVar,
     Fleet,
+    JoinOperator,
     Label,
     Listen,
     LocalOperator,
@@ -50,7 +51,7 @@ def _operator(operator: Operator) -> Toml:
     kind = operator_type(operator)
     return {"type": kind} | (
         {}
-        if isinstance(operator, LocalOperator) and not operator.member
+        if isinstance(operator, JoinOperator) or (isinstance(operator, LocalOperator) and not operator.member)
         else _keys(operator, filekeys.OPERATORS[kind][1])
     )
 

@@ -20,6 +20,7 @@ from slum.model import (
     Fleet,
     FlyOperator,
     HetznerOperator,
+    JoinOperator,
     Label,
     LocalOperator,
     Operator,
@@ -45,7 +46,7 @@ IMPORT_IDS = {"hetzner": re.compile(r"[0-9]+"), "fly": re.compile(r"[a-z0-9-]+/[
 def export_terraform(fleet: Fleet, site: Site) -> Rendered:
     """Return the root module, the modules that it uses, and what Terraform does not say."""
     losses = Losses()
-    used = [o for o in fleet.operators if not isinstance(o, LocalOperator)]
+    used = [o for o in fleet.operators if not isinstance(o, LocalOperator | JoinOperator)]
     by_operator = {o.name: [t for t in fleet.tenements if t.operator == o.name] for o in used}
     kinds = [kind for kind in ("hetzner", "fly", "ssh") if any(operator_type(o) == kind for o in used)]
     aliased = {kind for kind in PROVIDERS if len({_token_source(o) for o in used if operator_type(o) == kind}) > 1}
@@ -387,11 +388,18 @@ def _losses(fleet: Fleet, losses: Losses) -> None:
     for operator in fleet.operators:
         if isinstance(operator, LocalOperator):
             losses.add(f"operators.{operator.name}", 'type "local"', "this machine exists already", "`slum up` on it")
+        if isinstance(operator, JoinOperator):
+            losses.add(
+                f"operators.{operator.name}", 'type "join"', "its machines are somebody else's", "`slum join` there"
+            )
     local = {operator.name for operator in fleet.operators if isinstance(operator, LocalOperator)}
+    joined = {operator.name for operator in fleet.operators if isinstance(operator, JoinOperator)}
     for tenement in fleet.tenements:
         at = f"tenement.{tenement.name}"
         if tenement.operator in local:
             losses.add(f"{at}.operator", tenement.operator, "this machine exists already", "`slum up` on it")
+        if tenement.operator in joined:
+            losses.add(f"{at}.operator", tenement.operator, "its machines are somebody else's", "`slum join` there")
         if tenement.services:
             count = f"{len(tenement.services)} service{'s' if len(tenement.services) > 1 else ''}"
             losses.add(f"{at}.service", count, "Terraform makes machines; services change more often", "`slum apply`")

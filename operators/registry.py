@@ -15,6 +15,7 @@ from slum import model
 from slum.errors import ConfigError
 from slum.node import secretenv
 from slum.operators.base import Operator
+from slum.operators.join import Join
 from slum.operators.local import Local, Site
 from slum.paths import Home
 
@@ -51,6 +52,7 @@ MAKERS: dict[str, Callable[[Any, Site], Operator]] = {
     "hetzner": _hetzner,
     "fly": _fly,
     "ssh": _ssh,
+    "join": lambda _, site: Join(site),
 }
 """By type, from the definition of that type and the site."""
 

@@ -18,6 +18,7 @@ from slum.model import (
     FlyOperator,
     HetznerOperator,
     HostKeyPolicy,
+    JoinOperator,
     Label,
     Level,
     Listen,
@@ -226,6 +227,7 @@ SSH_HOST: Mapping[str, KeySpec] = {
 _TOKENS = _plain(text, "token_env", "secrets_ref")
 OPERATORS: Mapping[str, tuple[type[Any], Mapping[str, KeySpec]]] = {
     "local": (LocalOperator, _plain(text, "member")),
+    "join": (JoinOperator, {}),
     "ssh": (
         SshOperator,
         {

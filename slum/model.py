@@ -203,7 +203,13 @@ class HetznerOperator(Sparse, tag="hetzner", tag_field="type"):
     secrets_ref: str | None = None
 
 
-Operator = LocalOperator | SshOperator | FlyOperator | HetznerOperator
+class JoinOperator(Sparse, tag="join", tag_field="type"):
+    """Machines that somebody else makes, and that join by themselves with a token."""
+
+    name: str
+
+
+Operator = LocalOperator | SshOperator | FlyOperator | HetznerOperator | JoinOperator
 
 
 class Fleet(Sparse):
@@ -240,7 +246,7 @@ class Stamp(Sparse, order=True, omit_defaults=False):
 
 
 def operator_type(operator: Operator) -> str:
-    """Return "local", "ssh", "fly" or "hetzner"."""
+    """Return "local", "ssh", "fly", "hetzner" or "join"."""
     return str(operator.__struct_config__.tag)
 
 

@@ -254,6 +254,7 @@ def test_a_full_disk_under_the_output_is_no_bug(lonely: Desk) -> None:  # noqa: 
 def test_ctrl_c_after_the_end_is_too_late() -> None:
     script = """
 import atexit, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker of pytest-xdist leaves it ignored
 from slum.cli.main import main
 class Last:
     def __del__(self, raised=signal.raise_signal, number=signal.SIGINT): raised(number)

@@ -120,14 +120,11 @@ def test_imports_point_one_way() -> None:
 
 
 def test_the_keeper_is_standard_library_only() -> None:
+    own = ("slum.node.keeper", "slum.node.hang", "slum.alive", "slum.paths", "slum.errors")
     for name, file in modules().items():
-        if name.startswith("slum.node.keeper") and name != "slum.node.keeperclient":
+        if name.startswith(own[:3]) and name != "slum.node.keeperclient":
             foreign = {m.split(".")[0] for m in imports(file)} - set(sys.stdlib_module_names) - {"slum"}
-            ours = {
-                m
-                for m in imports(file)
-                if m.startswith("slum.") and not m.startswith(("slum.node.keeper", "slum.paths", "slum.errors"))
-            }
+            ours = {m for m in imports(file) if m.startswith("slum.") and not m.startswith(own)}
             assert not foreign, f"{name} imports {foreign}"
             assert not {m for m in ours if m != "slum.node" and m != "slum.__version__"}, f"{name} imports {ours}"
 

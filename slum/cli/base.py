@@ -179,7 +179,9 @@ SHARED = frozenset({"context", "data_dir", "run_dir", "json", "yes", "quiet", "n
 
 def file_option(function: F) -> F:
     """Add FILE, as an argument or as -f; the default is ./slum.toml."""
-    function = click.option("-f", "--file", "file_option", metavar="FILE", help="The same as FILE; - is standard input.")(function)
+    function = click.option(
+        "-f", "--file", "file_option", metavar="FILE", help="The same as FILE; - is standard input."
+    )(function)
     return click.argument("file", required=False, type=click.Path())(function)
 
 

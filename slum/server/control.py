@@ -27,7 +27,6 @@ from slum.server.copies import Copies
 from slum.server.decide import Action
 from slum.server.elsewhere import Elsewhere
 from slum.server.guard import Sessions
-from slum.server.joins import Joins
 from slum.server.link import Link
 from slum.server.notes import Notes
 from slum.server.pulse import Pulse
@@ -78,7 +77,6 @@ class Control:
         self.adding = Adding(self)
         self.troubles: dict[str, str] = {}
         """By machine: why its operator did not do what is wanted."""
-        self.joins = Joins(self)
         self.sights: dict[str, Sight] = {}
         """By operator: what it was last seen to have, where the reconcile loop runs."""
         self.foretold: tuple[Action, ...] | None = None

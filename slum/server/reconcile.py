@@ -14,6 +14,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
+import msgspec
+
 from slum import log, model
 from slum.errors import ConfigError, OperatorError, QuorumLost, SlumError
 from slum.ledger.commands import AnyCommand, Intent, LeaderInfo, NoteEvent, Outcome, Record, Rejected, new_request_id
@@ -22,6 +24,7 @@ from slum.operators.registry import make_operator
 from slum.server.boot import operator_site
 from slum.server.control import Control, Sight
 from slum.server.decide import Action, Create, Destroy, Known, Recognise, Situation, Wanted, decide, key_of
+from slum.server.joins import Joins
 from slum.server.localmember import LocalOfMember, member_of
 from slum.server.vanished import GRACE_S, vanished
 from slum.server.view import World
@@ -37,6 +40,7 @@ BACKOFF_S = (0.5, 1.0, 2.0, 5.0, 15.0, 60.0)
 class Reconciler:
     def __init__(self, control: Control) -> None:
         self._control = control
+        self._joins = Joins(control)
         self._sights = control.sights
         self._looking: set[str] = set()
         self._acts: Counter[str] = Counter()
@@ -271,7 +275,7 @@ class Reconciler:
             return f"the operator {action.operator!r} is not known"
         is_create = isinstance(action, Create)
         deadline_s = operator.deadlines.create_s if is_create else operator.deadlines.destroy_s
-        spec = await self._spec(action, world, definition[action.operator], operator)
+        spec = _spec(action, world)
         intent = Intent(
             action=secrets.token_hex(8),
             kind="create" if is_create else "destroy",
@@ -289,6 +293,8 @@ class Reconciler:
             # Not a moment longer than the ledger knows of, however long the commit took or the process was stopped.
             async with asyncio.timeout(intent.deadline_at - time.time()):
                 await asyncio.sleep(0)
+                if is_create and not isinstance(definition[action.operator], model.LocalOperator | model.JoinOperator):
+                    spec = msgspec.structs.replace(spec, join=await self._joins.of(spec.key, deadline_s))
                 machine_id = await _call(operator, action, spec)
         except TimeoutError:
             return f"no answer within {deadline_s:g} s; what came of it is being looked for"
@@ -300,21 +306,6 @@ class Reconciler:
             self._acts[action.operator] += 1
             self._sights.pop(action.operator, None)
         return await self._end(Outcome(action=intent.action, ok=True, machine_id=machine_id), leader)
-
-    async def _spec(
-        self, action: Create | Destroy, world: World, definition: model.Operator, operator: Operator
-    ) -> MachineSpec:
-        """Return what the operator is told of *action*'s machine; one that is made elsewhere gets a token to join with."""
-        key, tenement = key_of(action.machine, action.incarnation), world.tenement_of(action.machine)
-        joins = isinstance(action, Create) and not isinstance(definition, model.LocalOperator)
-        return MachineSpec(
-            cluster=world.cluster.cluster_id,
-            key=key,
-            machine=action.machine,
-            tenement=action.tenement,
-            join=await self._control.joins.of(key, operator.deadlines.create_s) if joins else None,
-            ports=tenement.public_ports if tenement else (),
-        )
 
     async def _end(self, command: AnyCommand, leader: LeaderInfo) -> str:
         """Commit *command* and return "", or why the ledger refused it; QuorumLost when it cannot be committed."""
@@ -353,6 +344,18 @@ def held_machines(world: World) -> tuple[Held, ...]:
         )
         for row in world.rows
         if row.machine_id and row.state != "destroyed"
+    )
+
+
+def _spec(action: Create | Destroy, world: World) -> MachineSpec:
+    """Return what an operator is told of *action*'s machine, but for the token that it joins with."""
+    tenement = world.tenement_of(action.machine)
+    return MachineSpec(
+        cluster=world.cluster.cluster_id,
+        key=key_of(action.machine, action.incarnation),
+        machine=action.machine,
+        tenement=action.tenement,
+        ports=tenement.public_ports if tenement else (),
     )
 
 

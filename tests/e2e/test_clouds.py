@@ -62,7 +62,6 @@ class Booted:
 class Hall:
     """Where the provider's machines stand."""
 
-    provider: str
     booted: dict[str, Booted] = field(default_factory=dict)
     gone: list[threading.Thread] = field(default_factory=list)
 
@@ -71,7 +70,7 @@ class Hall:
         data, run = Path(f"/tmp/slum-h-{here}"), Path(f"/tmp/sh{here}")
         data.mkdir()
         env = {"PATH": os.environ["PATH"], "SLUM_DATA_DIR": str(data), "SLUM_RUN_DIR": str(run), "NO_COLOR": "1"}
-        if self.provider == "fly":
+        if isinstance(given, dict):
             argv: list[str] = [*SLUM, "join"]
             env |= {key: value for key, value in given.items() if key.startswith("SLUM_")}
             token = given["SLUM_JOIN_TOKEN"]
@@ -105,6 +104,7 @@ class Cloud:
     fake: FakeHetzner | FakeFly
     hall: Hall
     port: int
+    provider: str
 
     def fleet(self, *, with_far: bool = True, version: str = "v1") -> None:
         app = Path(__file__).parent / "apps" / "echo"
@@ -120,41 +120,43 @@ health = "/healthz"
 isolation = "process"
 env = {{ VERSION = "{version}" }}
 '''
-        text = f'[fleet]\nname = "test"\n[operators.eu]\n{OPERATORS[self.hall.provider]}\n'
+        text = f'[fleet]\nname = "test"\n[operators.eu]\n{OPERATORS[self.provider]}\n'
         (self.site.folder / "slum.toml").write_text(text + (far if with_far else ""))
 
     def answer(self) -> str:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
-        try:
-            connection.request("GET", "/", headers={"Host": "web.localhost"})
-            return connection.getresponse().read().decode()
-        finally:
-            connection.close()
+        return answer_of(self.port)
 
     def machines(self) -> list[tuple[str, str, str]]:
         return [(m["name"], m["state"], m["drift"]) for m in self.site.slum("machines", "--json").json]
+
+
+def answer_of(port: int) -> str:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", "/", headers={"Host": "web.localhost"})
+        return connection.getresponse().read().decode()
+    finally:
+        connection.close()
+
+
+def open_to_others(site: Site) -> None:
+    """Start the site's control plane so that machines elsewhere can join."""
+    ports = (f"--api-port={free_port()}", f"--ledger-port={free_port()}")
+    key = str(site.folder / "recovery.key")
+    site.slum(
+        "server", "init", "--address=127.0.0.1", "--listen=127.0.0.1", *ports, "--recovery-key-file", key, "--yes"
+    )
 
 
 @pytest.fixture(params=sorted(OPERATORS))
 def cloud(request: pytest.FixtureRequest, site: Site) -> Iterator[Cloud]:
     with ExitStack() as stack:
         fake: FakeHetzner | FakeFly = FakeHetzner() if request.param == "hetzner" else FakeFly()
-        hall = Hall(request.param)
+        hall = Hall()
         fake.on_boot, fake.on_end = hall.boot, hall.end
         url = stack.enter_context(fake.serving())
         stack.callback(hall.close)
-        ports = (f"--api-port={free_port()}", f"--ledger-port={free_port()}")
-        key = site.folder / "recovery.key"
-        site.slum(
-            "server",
-            "init",
-            "--address=127.0.0.1",
-            "--listen=127.0.0.1",
-            *ports,
-            "--recovery-key-file",
-            str(key),
-            "--yes",
-        )
+        open_to_others(site)
         names = {"hetzner": ("HCLOUD_TOKEN", "HCLOUD_ENDPOINT"), "fly": ("FLY_API_TOKEN", "FLY_FLAPS_BASE_URL")}
         token, endpoint = names[request.param]
         for name, value in ((token, fake.token), (endpoint, f"{url}/v1" if request.param == "hetzner" else url)):
@@ -162,7 +164,7 @@ def cloud(request: pytest.FixtureRequest, site: Site) -> Iterator[Cloud]:
                 [*SLUM, "secret", "set", name, "--operator"], env=site.env, input=value, text=True, capture_output=True
             )
             assert done.returncode == 0, done.stderr
-        yield Cloud(site, fake, hall, free_port())
+        yield Cloud(site, fake, hall, free_port(), request.param)
 
 
 def test_a_machine_is_made_joins_serves_is_drained_and_goes(cloud: Cloud) -> None:
@@ -212,6 +214,28 @@ def test_a_machine_that_was_deleted_by_hand_shows_as_drift_and_is_made_again(clo
     until(lambda: len(site.slum("events", "--json", "--kind", "machine_created").json) == 2, 60)
     until(lambda: cloud.answer().startswith("v1"), 60)
     assert (list(cloud.fake.alive()), cloud.machines()) == ([name], [("far", "created", "")])
+
+
+def test_a_machine_that_somebody_else_makes_joins_with_a_token_and_is_given_its_services(site: Site) -> None:
+    open_to_others(site)
+    hall, port = Hall(), free_port()
+    app = Path(__file__).parent / "apps" / "echo"
+    service = f'source = "{app}"\ncommand = "python3 app.py"\nhealth = "/healthz"\nisolation = "process"\n'
+    service += 'env = { VERSION = "v1" }\n'
+    (site.folder / "slum.toml").write_text(
+        '[fleet]\nname = "test"\n[operators.others]\ntype = "join"\n[tenement.far]\noperator = "others"\n'
+        f'[tenement.far.routing]\nlisten = ["127.0.0.1:{port}"]\n[tenement.far.service.web]\n{service}'
+    )
+    try:
+        site.slum("apply", "--yes", "--no-wait")
+        until(lambda: site.slum("machines", "--json").json, 10)
+        made = site.slum("token", "new", "node", "far", "--json").json
+        hall.boot("far", {"SLUM_SERVER": made["servers"][0], "SLUM_MACHINE": "far", "SLUM_JOIN_TOKEN": made["token"]})
+        assert "nothing to change" in site.slum("apply", "--yes", timeout=90).out
+        assert answer_of(port).startswith("v1")
+        assert [(m["id"], m["drift"]) for m in site.slum("machines", "--json").json] == [("node:far.1", "")]
+    finally:
+        hall.close()
 
 
 def _refused(cloud: Cloud) -> bool:

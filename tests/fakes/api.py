@@ -280,12 +280,12 @@ class FakeApi:
                 keys = [
                     key
                     for key, view in f.views.items()
-                    if view.report.service == wanted.service
+                    if wanted.service in ("", view.report.service)
                     and wanted.id in (None, view.report.id)
                     and wanted.tenement in (None, view.tenement)
                 ]
                 for key in keys:
-                    phase = wire.Phase.STOPPED if wanted.verb == "stop" else wire.Phase.HEALTHY
+                    phase = wire.Phase.STOPPED if wanted.verb in ("stop", "drain") else wire.Phase.HEALTHY
                     report = msgspec.structs.replace(f.views[key].report, phase=phase)
                     f.views[key] = msgspec.structs.replace(f.views[key], report=report)
                     f.event({"stop": "instance_stopped"}.get(wanted.verb, "instance_started"), f"instance:{key}")
@@ -425,6 +425,19 @@ class FakeApi:
                 ]
             )
 
+        async def machines(request: Request) -> Response:
+            return _answer(
+                [
+                    api.MachineView(
+                        name=t.name, tenement=t.tenement, operator=t.operator, id=t.machine, state="created"
+                    )
+                    for t in f.tenements()
+                ]
+            )
+
+        async def check(request: Request) -> Response:
+            return _answer(api.FleetCheck())
+
         async def simple(request: Request) -> Response:
             if request.url.path == "/v1/status":
                 return _answer(f.status())
@@ -443,6 +456,8 @@ class FakeApi:
                     for path in ("health", "status", "cluster", "instances", "events/verify")
                 ),
                 Route("/v1/state", state),
+                Route("/v1/machines", machines),
+                Route("/v1/fleet/check", check, methods=["POST"]),
                 Route("/v1/fleet", fleet_doc),
                 Route("/v1/fleet", put_fleet, methods=["PUT"]),
                 Route("/v1/revisions", revisions),
