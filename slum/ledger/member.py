@@ -157,7 +157,7 @@ class Member:
             now=now,
             age_s=0.0 if leader == self._me.id else epoch.election.silence_s(now),
             queued=self.proposer.queued,
-            alarms=self._watch.alarms(leader),
+            alarms=self._watch.alarms(),
         )
 
     # --- the loop ----------------------------------------------------------------------------------------------------

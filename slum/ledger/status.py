@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from slum.ledger.schema import Position
 
 LEADER, FOLLOWER, LEARNER, DOWN, FENCED, REFUSED = "leader", "follower", "learner", "down", "fenced", "refused"
+NO_LEADER_S = 2.0
 REPLACED = "has replaced"
 """Stands in the refusal of a member whose generation is over."""
 
@@ -145,7 +146,7 @@ def report(
         protocol=position.protocol,
         queued=queued,
         members=tuple(members),
-        alarms=(*alarms, *_refusals(rows.values(), sights)),
+        alarms=(*_leaderless(me.id, leader, age_s), *alarms, *_refusals(rows.values(), sights)),
     )
 
 
@@ -157,6 +158,14 @@ def _role(name: str, sight: Sight, *, leader: str | None, votes: bool) -> str:
     if sight.refused:
         return FENCED if REPLACED in sight.refused else REFUSED
     return DOWN
+
+
+def _leaderless(me: str, leader: str | None, silent_s: float) -> tuple[Alarm, ...]:
+    """Between two leaders, or at a seal, there is none for a moment; that is nothing to look at."""
+    if leader is not None or silent_s < NO_LEADER_S:
+        return ()
+    why = f"nobody has led for {silent_s:.0f} s, as far as this member knows: nothing can be changed"
+    return (Alarm(kind="no_leader", member=me, why=why, hint="bring a majority of the members back"),)
 
 
 def _refusals(members: Iterable[Member], sights: Mapping[str, Sight]) -> tuple[Alarm, ...]:

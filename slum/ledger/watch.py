@@ -87,16 +87,13 @@ class Watch:
             for name in fresh
         )
 
-    def alarms(self, leader: str | None) -> tuple[Alarm, ...]:
-        """Return what is wrong with this member, or as it sees it; *leader* is who leads."""
+    def alarms(self) -> tuple[Alarm, ...]:
+        """Return what is wrong with this member, or as it sees it."""
         found, differ = [], self._rows_differ
         if differ is not None:
             why = f"its rows and those of {', '.join(differ.peers)} differ, and there is no majority to tell whose are wrong"
             hint = "bring the other members back: whoever differs from a majority stops by itself"
             found.append(Alarm(kind="rows_differ", member=self._me, why=why, hint=hint))
-        if leader is None:
-            why = "nobody leads, as far as this member knows: nothing can be changed"
-            found.append(Alarm(kind="no_leader", member=self._me, why=why, hint="bring a majority of the members back"))
         if self._guard.low:
             why = f"{self._guard.free_bytes >> 20} MiB are free on its disk: only removals are taken"
             found.append(

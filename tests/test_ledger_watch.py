@@ -1,0 +1,65 @@
+"""Clocks of members that differ by a year, in the simulation's world: the one that is wrong does not lead, and all are told."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAM = """
+import sys, tempfile
+from pathlib import Path
+sys.path.insert(0, "tests")
+from simulation.schedule import Schedule, YEAR_S
+with tempfile.TemporaryDirectory() as folder:
+    place = Path(folder) / "s"
+    place.mkdir()
+    made = Schedule(place, 14, members=3, troubles=0)
+    made.switch.strays = made.nodes.stalls = 0.0
+    made.switch.delay_s = 0.002
+    assert not made.hurries and not made.changing and made.clocks_agree, "take another seed"
+    made.go_on(4.0)
+    while len(made.nodes.leading) != 1:
+        made.go_on(0.1)
+    (leader,) = made.nodes.leading
+    wrong = leader.name if sys.argv[1] == "leader" else next(n for n in made.nodes.names if n != leader.name)
+    made.nodes.all[wrong].clock_off_s = YEAR_S
+    made.go_on(5.0)
+    while len(made.nodes.leading) != 1:
+        made.go_on(0.1)
+    (after,) = made.nodes.leading
+    assert after.name != wrong, "who has a wrong clock does not lead"
+    assert sys.argv[1] == "leader" or after.name == leader.name, "nobody else is deposed"
+    for node in made.nodes.alive:
+        alarms = {(alarm.kind, alarm.member) for alarm in node.member.status().alarms}
+        assert alarms == {("clock_wrong", wrong)}, (node.name, alarms)
+    made.nodes.all[wrong].clock_off_s = 0.0
+    made.go_on(4.0)
+    assert all(node.member.status().alarms == () for node in made.nodes.alive)
+    rows = after.member.state._db.execute("SELECT subject FROM events WHERE kind = 'clock_wrong'").fetchall()
+    assert set(rows) == {(f"member:{wrong}",)}, rows
+    made.heal()
+    made.clients.calm = True
+    made.settle()
+    made.check()
+    for node in made.nodes.all.values():
+        made.nodes.stop(node)
+"""
+
+
+def run(whose: str) -> None:
+    """In a process of its own, because the simulation takes the engine's clock and dice."""
+    command = [sys.executable, "-c", PROGRAM, whose]
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_leader_whose_clock_is_a_year_off_gives_the_lead_up() -> None:
+    run("leader")
+
+
+def test_a_followers_clock_that_is_a_year_off_harms_nobody() -> None:
+    run("follower")
