@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from slum import api, log
 from slum.errors import ConfigError, Conflict, QuorumLost, SlumError, Unreachable
-from slum.ledger import changes
+from slum.ledger import changes, clocks
 from slum.ledger.client import change_members
 from slum.ledger.commands import Member, Revoke, new_request_id
 from slum.ledger.status import DOWN
@@ -70,6 +70,23 @@ async def cluster_view(control: Control) -> api.ClusterView:
             api.ClusterAlarm(kind=one.kind, member=one.member, why=one.why, hint=one.hint) for one in status.alarms
         ),
     )
+
+
+async def time_of_members(control: Control) -> float | None:
+    """Return the time by this member's clock, put right by the others' where theirs show that it is wrong (unix seconds).
+
+    None while too few clocks are known, or two differ and nobody can tell which is right.
+    """
+    status = await control.link.status()
+    members = {row.id for row in await control.link.members()}
+    offsets = {
+        one.id: one.clock_off_s
+        for one in status.members
+        if one.id in members and one.id != status.member and one.clock_off_s is not None
+    }
+    if len({status.member, *offsets}) * 2 <= len(members) or clocks.differ(offsets, status.member):
+        return None
+    return time.time() - clocks.wrong(offsets, status.member).get(status.member, 0.0)
 
 
 def _certificate_ends(control: Control) -> dict[str, float]:

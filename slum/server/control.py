@@ -112,14 +112,15 @@ class Control:
 
     async def require_majority(self) -> None:
         """Return unless this member has reached no majority for a while: then QuorumLost, at once and not to be repeated."""
-        if len(self.world().cluster.members) < 2:
+        members = {row.id for row in self.world().cluster.members}
+        if len(members) < 2 or self.me not in members:  # one that has left may still finish leaving
             return
         status = await self.link.status()
         if status.majority or status.age_s < LASTING_S:
             return
         reached = sum(member.role in ("leader", "follower") for member in status.members)
         raise QuorumLost(
-            f"{self.me} reaches {reached} of {len(self.world().cluster.members)} members: nothing can be changed from here",
+            f"{self.me} reaches {reached} of {len(members)} members: nothing can be changed from here",
             hint="what runs goes on; `slum status --cluster` shows who is missing, docs/cluster.md what to do",
             lasting=True,
         )

@@ -75,7 +75,8 @@ async def post_renew(call: Call) -> api.JoinAnswer:
     why = _why_no_renewal(control, shown, row, key_hash(authority.read_request(asked.csr)))
     if row is None or why:
         raise _refused(call, "certificate", shown.serial, why)
-    signed = trust.sign(reader, control.home, asked.csr, row.subject)
+    now = await cluster.time_of_members(control) or time.time()
+    signed = trust.sign(reader, control.home, asked.csr, row.subject, now=now)
     command = NoteCertificate(
         serial=signed.serial,
         subject=row.subject,
@@ -146,7 +147,8 @@ def _subject(control: Control, row: TokenRow, offer: api.MemberOffer | None) -> 
 async def _use(call: Call, row: TokenRow, asked: api.JoinRequest, subject: str, secret: bytes) -> TokenRow:
     """Sign, bind the token to the key, and return it as it stands then: another attempt may have been first."""
     control = call.control
-    signed = trust.sign(control.view.reader, control.home, asked.csr, subject)
+    now = await cluster.time_of_members(control) or time.time()
+    signed = trust.sign(control.view.reader, control.home, asked.csr, subject, now=now)
     command = UseToken(
         id=row.id,
         key_hash=signed.key_hash,

@@ -112,15 +112,17 @@ async def seal_to(
     raise SlumError("the authority's key is being sealed anew all the time", hint="do it again")
 
 
-def sign(reader: Reader, home: Home, csr: str, subject: str, *, days: float = authority.LEAF_DAYS) -> authority.Signed:
-    """Return a certificate of the fleet's authority for *subject* and the key of *csr*; noted nowhere yet."""
+def sign(
+    reader: Reader, home: Home, csr: str, subject: str, *, now: float, days: float = authority.LEAF_DAYS
+) -> authority.Signed:
+    """Return a certificate of the fleet's authority for *subject* and the key of *csr*, from *now* on; noted nowhere yet."""
     row = standing(reader)
     return authority.sign(
         csr,
         certificate=row.certificate,
         key=authority.unseal(row.box, _identity(home)),
         uri=authority.uri_of(reader.cluster().cluster_id, subject),
-        now=time.time(),
+        now=now,
         days=days,
         server=subject.startswith("member/"),
     )
@@ -134,14 +136,18 @@ def standing(reader: Reader) -> AuthorityRow:
     return row
 
 
-async def certify(ledger: Proposes, reader: Reader, home: Home, member: str) -> bool:
-    """Make the front's key and certificate, or renew that after two thirds of its life; return whether it is a new one."""
+async def certify(ledger: Proposes, reader: Reader, home: Home, member: str, *, now: float | None = None) -> bool:
+    """Make the front's key and certificate, or renew that after two thirds of its life; return whether it is a new one.
+
+    *now* is unix seconds, by this machine's clock if not given.
+    """
     row = standing(reader)
-    if not _is_due(home, row.certificate, authority.uri_of(reader.cluster().cluster_id, f"member/{member}")):
+    now = time.time() if now is None else now
+    if not _is_due(home, row.certificate, authority.uri_of(reader.cluster().cluster_id, f"member/{member}"), now):
         return False
     key = home.front_key.read_bytes() if home.front_key.exists() else request.new_key()
     write(home.front_key, key)
-    signed = sign(reader, home, request.make_request(key), f"member/{member}")
+    signed = sign(reader, home, request.make_request(key), f"member/{member}", now=now)
     command = NoteCertificate(
         serial=signed.serial, subject=f"member/{member}", role="", key_hash=signed.key_hash, not_after=signed.not_after
     )
@@ -175,14 +181,16 @@ def _identity(home: Home) -> str:
         ) from None
 
 
-def _is_due(home: Home, certificate: str, uri: str) -> bool:
+def _is_due(home: Home, certificate: str, uri: str, now: float) -> bool:
     try:
         shown = authority.read_certificate(home.front_certificate.read_text(), certificate)
     except (FileNotFoundError, ConfigError):
         return True
     life_s = authority.LEAF_DAYS * 86_400
-    left_s = shown.not_after - time.time()
-    return not shown.is_ours or shown.uri != uri or left_s < life_s * (1 - RENEW_AT) or not home.front_key.exists()
+    left_s = shown.not_after - now
+    # One that is not valid yet was made by a clock that was ahead.
+    in_time = life_s * (1 - RENEW_AT) <= left_s <= life_s + authority.SKEW_S
+    return not shown.is_ours or shown.uri != uri or not in_time or not home.front_key.exists()
 
 
 async def _propose(ledger: Proposes, reader: Reader, command: AnyCommand, actor: str) -> Result:

@@ -33,7 +33,7 @@ def main() -> int:
         print(f"needs root, and {', '.join(missing_tools()) or 'nothing else'}", file=sys.stderr)
         return 2
     os.nice(given.nice)
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell has it ignore ctrl-C
         signal.signal(number, lambda *_: _interrupt())
     reports = []
     for seed in range(given.seed, given.seed + given.seeds):
