@@ -21,6 +21,7 @@ REDIAL_S = 0.15
 LOOK_S = 0.05
 STRAYS = (Append, NextIndex, AskVote, Vote)
 STRAY_S = (0.01, 0.1, 0.5, 2.0)
+SPIKES, SPIKE_S_MAX = 0.03, 0.4
 NEVER = float("inf")
 
 
@@ -86,7 +87,11 @@ class Switch:
         if not pair.connected:
             return
         way = pair.ways[to]
-        way.last_at = max(way.last_at, self.clock.at + self.delay_s * (0.2 + self.chance.random()))
+        takes_s = self.delay_s * (0.2 + self.chance.random())
+        if self.chance.random() < SPIKES:
+            # What follows waits behind it, while answers to what came before are on their way.
+            takes_s = min(takes_s * 10, SPIKE_S_MAX)
+        way.last_at = max(way.last_at, self.clock.at + takes_s)
         frame = pack(message)
         way.queue.append((way.last_at, frame))
         net = self.nets[to]
