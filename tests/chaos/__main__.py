@@ -71,6 +71,9 @@ def _one(given: argparse.Namespace, seed: int) -> Report:
 
 
 def _interrupt() -> None:
+    """Once: while all is being removed nothing may interrupt that."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
