@@ -514,7 +514,7 @@ def _how_to(cluster: Cluster, toml: Path) -> str:
     tenements = len(cluster.hosts) - len(cluster.members)
     lines = [f"{len(cluster.members)} members, {tenements} tenements elsewhere; fleet {toml}", ""]
     for host in cluster.hosts.values():
-        slum = f"slum --data-dir {host.data} --run-dir {host.run}"
+        slum = f"{SLUM} --data-dir {host.data} --run-dir {host.run}"
         lines.append(f"  {host.name}  {host.address:<12}  nsenter --net=/run/netns/{host.netns} -- {slum}")
     first, last = cluster.hosts["m1"], cluster.hosts[cluster.members[-1]]
     enter = f"nsenter --net=/run/netns/{first.netns} --"
@@ -522,15 +522,15 @@ def _how_to(cluster: Cluster, toml: Path) -> str:
         [
             *lines,
             "",
-            "look:      alias s='" + f"slum --data-dir {first.data} --run-dir {first.run}'",
+            "look:      alias s='" + f"{SLUM} --data-dir {first.data} --run-dir {first.run}'",
             "           s status --cluster; s ps; s logs hello; s events -n 20",
             f"answer:    {enter} curl -s -H 'Host: hello.localhost' http://127.0.0.1:8080/",
             "kill:      kill -9 the pid of ledger, server, front, agent or keeper: they come back (the keeper by `slum up`)",
-            f"           pgrep -af 'slum.ledger.*{first.run} '",
+            f"           pgrep -af 'slum.ledger.*{first.run}$'",
             f"cut off:   {enter} nft 'add table inet cut; add chain inet cut i {{ type filter hook input priority 0; }};"
             " add rule inet cut i iif != lo drop'",
             f"heal:      {enter} nft delete table inet cut",
-            f"leave:     slum --data-dir {last.data} --run-dir {last.run} server leave",
+            f"leave:     {SLUM} --data-dir {last.data} --run-dir {last.run} server leave",
             "end:       make cluster-down",
         ]
     )
