@@ -101,7 +101,7 @@ class Site(Cluster):
         return answer.document
 
     def whole(self) -> str:
-        """Return "" when all members see one leader, all of themselves, and lag little; else what is missing."""
+        """Return "" when all members see one leader and each other, also through their fronts; else what is missing."""
         views = {}
         for name in self.members:
             try:
@@ -116,6 +116,9 @@ class Site(Cluster):
             rows = {row["id"]: row["role"] for row in view["members"]}
             if set(rows) != set(self.members) or not set(rows.values()) <= {"leader", "follower"}:
                 return f"{name} sees {rows}"
+            deaf = [row["id"] for row in view["members"] if not row["followed"]]
+            if deaf:
+                return f"{name} does not follow the agents of {deaf}"
         return ""
 
     def until_whole(self, seconds: float) -> None:
