@@ -43,7 +43,9 @@ def fit(message: Append, log: Log, committed: int) -> Fitted:
     end = len(log)
     previous = message.prev_index
     if previous > end:
-        return Fitted(_without_entries(message), next=end + 1, matches=False)
+        # Not our end: what lies there may be another leader's. Of messages that came together the last answer decides where the
+        # leader goes on, and would send it back to our end for ever.
+        return Fitted(_without_entries(message), next=committed + 1, matches=False)
     if log.term_of(previous) != message.prev_term:
         invariant(previous > committed, f"a leader contradicts entry {previous}, {committed} are committed")
         # One answer instead of one step back a heartbeat: what is committed is the leader's too.
