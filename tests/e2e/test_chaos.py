@@ -92,7 +92,7 @@ def test_two_that_do_not_reach_each_other_do_not_depose_the_leader_in_turns(scen
 
 
 def test_a_leader_that_is_cut_off_refuses_and_says_its_age_and_then_a_majority_is_killed(scene: Scene) -> None:
-    scene.step(Fault("cut", "leader", 0, 0.0, 5.0))
+    scene.step(Fault("cut", "leader", 0, 0.0, 3.5))
     assert scene.report.problems == []
     scene.step(Fault("kill", "majority", 3, 0.0, 0.0), Fault("mute", "leader", 0, 0.1, 1.0))
     scene.write_on()
