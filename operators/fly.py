@@ -110,7 +110,14 @@ class Fly:
                 await self._prune(account, app, there)
             if there.nonce:
                 await self._release(account, app, there)
-        return Machine(id=app, cluster=spec.cluster, key=spec.key, machine=spec.machine, tenement=spec.tenement)
+        return Machine(
+            id=app,
+            cluster=spec.cluster,
+            key=spec.key,
+            machine=spec.machine,
+            tenement=spec.tenement,
+            created_at=there.created_at.timestamp() if there.created_at else None,
+        )
 
     async def destroy(self, machine_id: str) -> None:
         app = machine_id

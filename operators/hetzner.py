@@ -110,7 +110,14 @@ class Hetzner:
             server = await self._running(project, server)
             if server.labels != labels:
                 await project.call(f"label server {name}", lambda c: c.servers.update(server, labels=labels))
-        return Machine(id=name, cluster=spec.cluster, key=spec.key, machine=spec.machine, tenement=spec.tenement)
+        return Machine(
+            id=name,
+            cluster=spec.cluster,
+            key=spec.key,
+            machine=spec.machine,
+            tenement=spec.tenement,
+            created_at=server.created.timestamp() if server.created else None,
+        )
 
     async def destroy(self, machine_id: str) -> None:
         if naming.key_in(machine_id) is None:
