@@ -1,4 +1,4 @@
-"""Clocks of members that differ by a year, in the simulation's world: the one that is wrong does not lead, and all are told."""
+"""Single situations in the simulation's world: clocks that are a year off, a member that is cut off from the leader alone."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAM = """
+BEGIN = """
 import sys, tempfile
 from pathlib import Path
 sys.path.insert(0, "tests")
 from simulation.schedule import Schedule, YEAR_S
+from slum.errors import QuorumLost
+from slum.ledger.commands import Barrier, Proposal
 with tempfile.TemporaryDirectory() as folder:
     place = Path(folder) / "s"
     place.mkdir()
@@ -24,6 +26,16 @@ with tempfile.TemporaryDirectory() as folder:
     while len(made.nodes.leading) != 1:
         made.go_on(0.1)
     (leader,) = made.nodes.leading
+"""
+END = """\
+    made.heal()
+    made.clients.calm = True
+    made.settle()
+    made.check()
+    for node in made.nodes.all.values():
+        made.nodes.stop(node)
+"""
+CLOCKS = """\
     wrong = leader.name if sys.argv[1] == "leader" else next(n for n in made.nodes.names if n != leader.name)
     made.nodes.all[wrong].clock_off_s = YEAR_S
     made.go_on(5.0)
@@ -40,26 +52,35 @@ with tempfile.TemporaryDirectory() as folder:
     assert all(node.member.status().alarms == () for node in made.nodes.alive)
     rows = after.member.state._db.execute("SELECT subject FROM events WHERE kind = 'clock_wrong'").fetchall()
     assert set(rows) == {(f"member:{wrong}",)}, rows
-    made.heal()
+"""
+CUT = """\
+    cut = made.chance.choice([node for node in made.nodes.alive if node is not leader])
+    made.cut(leader.name, cut.name)
+    made.go_on(3.0)
+    assert [node.name for node in made.nodes.leading] == [leader.name]
+    answers = []
     made.clients.calm = True
-    made.settle()
-    made.check()
-    for node in made.nodes.all.values():
-        made.nodes.stop(node)
+    cut.member.proposer.submit(Proposal(command=Barrier(), request_id="", actor="t"), answers.append, seq=1)
+    made.go_on(0.2)
+    assert isinstance(answers[0], QuorumLost) and "has heard no leader" in answers[0].message, answers
 """
 
 
-def run(whose: str) -> None:
+def run(what: str, whose: str = "") -> None:
     """In a process of its own, because the simulation takes the engine's clock and dice."""
-    command = [sys.executable, "-c", PROGRAM, whose]
+    command = [sys.executable, "-c", BEGIN + what + END, whose]
     environment = {**os.environ, "PYTHONHASHSEED": "0"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_leader_whose_clock_is_a_year_off_gives_the_lead_up() -> None:
-    run("leader")
+    run(CLOCKS, "leader")
 
 
 def test_a_followers_clock_that_is_a_year_off_harms_nobody() -> None:
-    run("follower")
+    run(CLOCKS, "follower")
+
+
+def test_who_is_cut_off_from_the_leader_alone_refuses_instead_of_hanging() -> None:
+    run(CUT)

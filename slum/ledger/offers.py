@@ -35,6 +35,7 @@ from slum.ledger.relay import Relays
 from slum.ledger.schema import Position
 from slum.ledger.sealing import due_seal
 from slum.ledger.state import State
+from slum.ledger.status import NO_LEADER_S
 from slum.ledger.world import Config, World
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -208,6 +209,18 @@ class Offers:
             reached = len(names & {epoch.me, *self._peers.up})
             if reached <= len(names) / 2 and self._world.clock() >= epoch.patient_until:
                 self._relays.refuse_all(reached, len(names))
+            elif epoch.election.silence_s(self._world.clock()) >= NO_LEADER_S:
+                self._refuse_leaderless()
+
+    def _refuse_leaderless(self) -> None:
+        """Others may well have a leader that only we are cut off from; who asks there is served."""
+        self._proposer.put_back()
+        if self._proposer.queued:
+            error = QuorumLost(
+                f"{self._member.epoch.me} has heard no leader for {NO_LEADER_S:g} s",
+                hint="ask another member, with the same request id: a majority may be at work there",
+            )
+            self._proposer.take_batch(lambda _: error)
 
     def _propose_own(self, command: LeaderStarted | Seal) -> None:
         self.append((Proposal(command=command, request_id="", actor=f"ledger@{self._member.epoch.me}"),))

@@ -311,7 +311,7 @@ class Schedule:
         if self.chance.random() < 0.5:
             self.say(f"probe: {other} and {leader} lose their line")
             self.cut(leader, other)
-            self.go_on(3.0)
+            self.go_on(4.0)
         else:
             self.say(f"probe: {other} is away for a while")
             self.isolate(other)
