@@ -50,7 +50,7 @@ class Scene:
 
 @pytest.fixture(scope="module")
 def scene() -> Iterator[Scene]:
-    plan = Plan(seed=1, seconds=0, tenements=0, pace_s=0.05)
+    plan = Plan(seed=1, seconds=0, tenements=0, epoch_entries=300, pace_s=0.05)
     history, report = History(), Report(plan.seed)
     with Site(epoch_entries=plan.epoch_entries) as site:
         with site.begin(plan.members):
