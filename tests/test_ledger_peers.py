@@ -270,6 +270,30 @@ def test_a_leader_that_is_heard_ends_the_round() -> None:
     assert not made.must_stand
 
 
+def test_who_loses_its_leader_asks_at_once_and_in_turn() -> None:
+    first, second = election(), election()
+    for made, rank in ((first, 0), (second, 1)):
+        made.heard_leader(101.0)
+        assert made.hears_leader(101.01)
+        made.lost_leader("m2", 101.01, rank)
+        assert not made.hears_leader(101.01), "it votes for another at once"
+    ask(first, 101.01)
+    assert second.tick(101.05, leads=False, term=4, last=(4, 10)) is None
+    ask(second, 101.12)
+    assert first.tick(101.12, leads=False, term=4, last=(4, 10)) is None, "one that gets no majority waits as ever"
+
+
+def test_a_leader_that_is_found_again_is_waited_for() -> None:
+    made = election()
+    made.heard_leader(101.0)
+    made.lost_leader("m2", 101.01, 0)
+    made.found_leader("m3", 101.02)
+    assert not made.hears_leader(101.03), "that is another one"
+    made.found_leader("m2", 101.03)
+    assert made.hears_leader(101.04)
+    assert made.tick(101.1, leads=False, term=4, last=(4, 10)) is None
+
+
 def test_whom_it_would_vote_for() -> None:
     made = election()
     asked = AskPreVote(place=PLACE, term=4, round=1, last_index=10, last_term=4)

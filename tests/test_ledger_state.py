@@ -14,6 +14,7 @@ from ledger_support import Scribe, desired, fleet, new_state, note, proposal, sc
 
 from slum.ledger import schema
 from slum.ledger.commands import (
+    AnyCommand,
     Barrier,
     Intent,
     LeaderStarted,
@@ -280,6 +281,25 @@ def test_the_next_journal_is_made_before_the_next_epoch_is_committed(tmp_path: P
         s.apply(Seal(members=s.state.position.members), before_commit=lambda _: seen.append(reader.cluster().epoch))
         assert (seen, reader.cluster().epoch) == ([1], 2)
         reader.close()
+
+
+def test_among_several_only_a_seal_is_synced_at_once(tmp_path: Path) -> None:
+    with scribe(tmp_path) as s:
+        levels: list[int] = []
+
+        def apply(command: AnyCommand) -> None:
+            s.apply(
+                command, before_commit=lambda _: levels.extend(s.state._db.execute("PRAGMA synchronous").fetchone())
+            )
+
+        full, normal = 2, 1
+        apply(note())
+        s.state.sync_all(False)
+        apply(note())
+        apply(Seal(members=s.state.position.members))
+        s.lead()
+        apply(note())
+        assert levels == [full, normal, full, normal]
 
 
 @pytest.mark.parametrize("members", [(), (Member(id="a", incarnation="1"), Member(id="a", incarnation="2"))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Iterator
@@ -66,8 +67,9 @@ class Bench:
             self.wire.up(peer)
 
     def post(self, peer: str, message: Message) -> None:
-        if isinstance(message, Append | NextIndex | AskVote | Vote):
+        if isinstance(message, NextIndex | AskVote | Vote):
             assert not self.journal.dirty, "a message left before the journal was on disk"
+        assert not self.journal.promises, "a message left before a term or vote was on disk"
         self.posted.append((peer, message))
 
     def last(self) -> Message:
@@ -172,6 +174,46 @@ def test_two_leaders_of_one_term_are_a_bug(bench: Bench) -> None:
     bench.lead()
     with pytest.raises(InvariantError, match="leads term"):
         bench.wire.take("m5", append(1, 0, term=bench.group.term))
+
+
+def test_a_leaders_entries_travel_while_they_are_written(bench: Bench) -> None:
+    bench.lead()
+    bench.journal.sync()
+    bench.posted.clear()
+    bench.group.offer(b"x", lambda *_: None)
+    bench.group.tick()
+    sent = [message for _, message in bench.posted]
+    assert len(sent) == 4
+    assert all(isinstance(message, Append) and message.entries for message in sent)
+    assert bench.journal.dirty
+
+
+def test_what_is_committed_is_told_with_new_entries_or_a_little_later(bench: Bench) -> None:
+    bench.lead()
+    group, term = bench.group, bench.group.term
+    bench.journal.sync()
+    group.tick()
+    for peer in ("m2", "m3"):
+        bench.wire.take(peer, NextIndex(place=PLACE, term=term, next=3, reset=False, success=True))
+    bench.posted.clear()
+    group.tick()
+    assert group.commit == 2
+    assert not bench.posted
+    assert group.tell_at < time.monotonic() + 1
+    group.tell(at_once=True)
+    assert [message.commit for _, message in bench.posted if isinstance(message, Append)] == [2] * 4
+    assert group.tell_at == math.inf
+
+
+def test_who_loses_its_leader_asks_when_it_is_its_turn(bench: Bench) -> None:
+    bench.follow(1, term=1)
+    bench.group.tick()
+    now = time.monotonic()
+    bench.wire.down("m3")
+    assert bench.election.hears_leader(now), "that was not the leader"
+    bench.wire.down("m2")
+    assert not bench.election.hears_leader(now)
+    assert bench.election.deadline <= time.monotonic(), "the first of those that are left"
 
 
 def test_it_never_stands_by_itself(bench: Bench) -> None:

@@ -2,8 +2,10 @@
 
 PySyncObj stands as soon as its timer ends. A member that comes back, or that is cut off from the leader alone, would so
 depose a leader that works, again and again. Pre-vote (Ongaro's thesis, 2014, section 9.6) asks first, and moves nobody's term.
-A member that has just heard a leader, or is one, says no, and so does one whose log is longer. Holds a timer and a count;
-takes time and randomness as arguments, sends nothing itself.
+A member that has just heard a leader, or is one, says no, and so does one whose log is longer. Who loses the connection to its leader
+does not wait for the timer: a process that was killed closes its connections, and if only ours broke, the others still hear that leader
+and say no. These ask in turn, so that they do not take each other's votes. Holds a timer and a count; takes time and randomness as
+arguments, sends nothing itself.
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ import random
 from collections.abc import Collection
 
 from slum.ledger.peerwire import AskPreVote, Place, PreVote
+
+TURN_S = 0.1
+"""Between those that ask after they lost the leader: time enough for one election."""
 
 
 class Election:
@@ -30,6 +35,8 @@ class Election:
         self._deadline = 0.0
         self._round = chance.getrandbits(48)
         self._granted: set[str] | None = None
+        self._lost: str | None = None
+        """The leader whose connection we lost, and nobody leads since."""
         self.must_stand = False
         """A majority would vote for us: call an election at the next tick."""
         self._restart(now)
@@ -40,13 +47,25 @@ class Election:
 
     def heard_leader(self, now: float) -> None:
         self._heard_at = now
+        self._lost = None
         self._restart(now)
+
+    def lost_leader(self, leader: str, now: float, rank: int) -> None:
+        """The connection to *leader* is gone; *rank* members ask before us."""
+        self._lost = leader
+        self._deadline = min(self._deadline, now + rank * TURN_S)
+
+    def found_leader(self, leader: str, now: float) -> None:
+        """There is a connection to *leader* again."""
+        if self._lost == leader:
+            self._lost = None
+            self._restart(now)
 
     def voted(self, now: float) -> None:
         self._restart(now)
 
     def hears_leader(self, now: float) -> bool:
-        return now - self._heard_at < self._min_s
+        return self._lost is None and now - self._heard_at < self._min_s
 
     def silence_s(self, now: float) -> float:
         """Return how long ago a leader was heard, or this member led."""
@@ -56,6 +75,7 @@ class Election:
         """Return the question to all peers when it is time to ask; *last* is (term, index) of the last entry."""
         if leads:
             self._heard_at = now
+            self._lost = None
             self._restart(now)
             return None
         if now < self._deadline:

@@ -86,11 +86,15 @@ class Epoch:
             return None
         return self.election.tick(self._clock(), leads=self.group.leads, term=self.group.term, last=self.journal.last)
 
+    @property
+    def is_about_to_stand(self) -> bool:
+        return self.election.must_stand and (self.wire is None or self.wire.reaches_majority)
+
     def tick(self, *, yields: bool = False) -> None:
         """Do what is due; *yields*: neither lead nor stand, others will."""
         if yields and self.group.leads:
             self.group.resign()
-        stand = self.election.must_stand and not yields and (self.wire is None or self.wire.reaches_majority)
+        stand = self.is_about_to_stand and not yields
         if stand:
             self.election.must_stand = False
         self.group.tick(stand=stand)

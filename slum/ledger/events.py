@@ -52,7 +52,8 @@ class EventWriter:
         columns: Columns = (
             self.number + 1,
             self._seq,
-            self._at if at is None else at,
+            # SQLite keeps -0.0 as 0.0, and the hash must be of what it keeps.
+            (self._at if at is None else at) + 0.0,
             actor[:WORD_CHARS_MAX],
             kind,
             subject[:WORD_CHARS_MAX],

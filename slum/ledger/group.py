@@ -3,8 +3,8 @@
 The only module that reaches inside PySyncObj. It takes from it elections, replication and the order of commits, and gives
 it our journal instead of its own, msgpack instead of pickle, and our clock and randomness (which a simulation replaces).
 Fixed members, no dump, no compaction, no thread of its own: the owner calls tick(), and says when to stand for election.
-A group of one commits in the tick after an append, so the owner must sync the journal before each tick; with peers the
-transport syncs before each message. What is called back (*on_entry*) must never raise: PySyncObj would apply the entry
+Whoever leads counts its own entries in the tick after they were appended, so the owner must sync the journal before each
+tick; the transport syncs before messages. What is called back (*on_entry*) must never raise: PySyncObj would apply the entry
 again, for ever.
 """
 
@@ -28,6 +28,8 @@ BATCH_BYTES = 4 << 20
 """Of one append_entries. Larger than any entry: one that is larger would be sent in parts, by a path that is wrong."""
 FOLLOWER = 0
 """PySyncObj's state of a member that follows."""
+COMMIT_S = 0.004
+"""So long the news that entries are committed waits for new entries to ride with."""
 REGULAR = 0
 """PySyncObj's tag of a command that is applied; entries of other types never reach on_entry."""
 
@@ -49,7 +51,6 @@ def _import_engine() -> tuple[Any, Any]:
 _package, _engine = _import_engine()
 
 from pysyncobj.node import Node  # noqa: E402 - after the guarded import
-from pysyncobj.pipe_notifier import PipeNotifier  # noqa: E402
 from pysyncobj.syncobj import SyncObj  # noqa: E402
 from pysyncobj.transport import Transport  # noqa: E402
 from pysyncobj.version import VERSION as ENGINE_VERSION  # noqa: E402
@@ -87,7 +88,7 @@ def _journal_given(journal: Any) -> Journal:
 class _Chance:
     """Stands in for PySyncObj's random module."""
 
-    source: random.Random = random.SystemRandom()
+    source: random.Random = random.Random()
 
     @classmethod
     def random(cls) -> float:
@@ -107,6 +108,17 @@ class _Clock:
 _now = _Clock.now
 
 
+class _NoPoller:
+    """Stands in for PySyncObj's poller: it has nothing of its own to wait for."""
+
+    def poll(self, timeout: float) -> None:
+        pass
+
+
+def _no_poller(_kind: str) -> _NoPoller:
+    return _NoPoller()
+
+
 def simulate(clock: Callable[[], float], chance: random.Random) -> None:
     """Give every group of this process another clock and other dice: for simulations, which are one process each."""
     _Clock.source = clock
@@ -118,6 +130,7 @@ def _replace_parts() -> None:
     _engine.createJournal = _journal_given
     _engine.monotonicTime = _now
     _engine.random = _Chance
+    _engine.createPoller = _no_poller
 
 
 _replace_parts()
@@ -133,18 +146,20 @@ def check_engine() -> None:
         ("createJournal", _journal_given),
         ("monotonicTime", _now),
         ("random", _Chance),
+        ("createPoller", _no_poller),
     ):
         invariant(known[name] is ours, f"PySyncObj does not use our {name}")
     for function, name in (
         (SyncObj.__init__, "createJournal"),
         (SyncObj.__init__, "_SyncObj__raftElectionDeadline"),
-        (SyncObj.__init__, "_SyncObj__pipeNotifier"),
+        (SyncObj.__init__, "createPoller"),
+        (SyncObj._onTick, "_SyncObj__newAppendEntriesTime"),
+        (SyncObj._onTick, "_SyncObj__sendAppendEntries"),
         (SyncObj._onTick, "monotonicTime"),
         (SyncObj._onTick, "_SyncObj__raftElectionDeadline"),
         (SyncObj._onTick, "_SyncObj__setState"),
         (SyncObj._onTick, "_SyncObj__raftLeader"),
         (SyncObj._SyncObj__generateRaftTimeout, "random"),
-        (PipeNotifier.notify, "_PipeNotifier__pipeW"),
     ):
         invariant(name in function.__code__.co_names, f"PySyncObj's {function.__qualname__} does not use {name}")
 
@@ -197,6 +212,9 @@ class Group(SyncObj):  # type: ignore[misc]  # PySyncObj has no types
         check_engine()
         self._on_entry = on_entry
         self._ended = False
+        self._log = journal
+        self._told = (0, 0)
+        self._tell_at = math.inf
         forever = sys.maxsize
         super().__init__(
             Node(member),
@@ -207,7 +225,7 @@ class Group(SyncObj):  # type: ignore[misc]  # PySyncObj has no types
                 fullDumpFile=None,
                 useFork=False,
                 dynamicMembershipChange=False,
-                appendEntriesUseBatch=False,
+                appendEntriesUseBatch=True,
                 appendEntriesBatchSizeBytes=BATCH_BYTES,
                 logCompactionMinEntries=forever,
                 logCompactionMinTime=forever,
@@ -231,9 +249,43 @@ class Group(SyncObj):  # type: ignore[misc]  # PySyncObj has no types
         self.append(data, callback=refused)
 
     def tick(self, *, stand: bool = False) -> None:
-        """Do what is due, and stand for election only when told to. Never waits."""
+        """Do what is due, send what is new in the log, and stand for election only when told to. Never waits.
+
+        PySyncObj, told not to batch, sends after every commit and after every command. We send once for both.
+        """
         self._SyncObj__raftElectionDeadline = 0.0 if stand else math.inf
+        before = self._SyncObj__newAppendEntriesTime
+        end, commit = len(self._log), self.commit
         self.doTick(0.0)
+        if not self.leads:
+            self._told, self._tell_at = (0, 0), math.inf
+            return
+        if self._SyncObj__newAppendEntriesTime != before:
+            self._told, self._tell_at = (end, self.commit), math.inf
+        if len(self._log) > self._told[0]:
+            self._tell()
+        elif self.commit > max(commit, self._told[1]):
+            self._tell_at = min(self._tell_at, _now() + COMMIT_S)
+
+    @property
+    def beats_at(self) -> float:
+        """When a leader sends its next heartbeat."""
+        # PySyncObj looks at all that a group has, before it has this.
+        return float(getattr(self, "_SyncObj__newAppendEntriesTime", 0.0))
+
+    @property
+    def tell_at(self) -> float:
+        """When tell() has something to say; infinite while it has not."""
+        return self._tell_at
+
+    def tell(self, *, at_once: bool = False) -> None:
+        """Tell the others what is committed, if that did not ride with new entries for a while, or *at_once*."""
+        if self._tell_at < math.inf and (at_once or _now() >= self._tell_at) and self.leads:
+            self._tell()
+
+    def _tell(self) -> None:
+        self._SyncObj__sendAppendEntries()
+        self._told, self._tell_at = (len(self._log), self.commit), math.inf
 
     def resign(self) -> None:
         """Stop leading, as PySyncObj does when its followers are silent; the term stays."""
@@ -263,16 +315,10 @@ class Group(SyncObj):  # type: ignore[misc]  # PySyncObj has no types
         return found
 
     def close(self) -> None:
-        """End the group, and close the two descriptors that PySyncObj forgets. Never call it from inside a tick."""
-        if self._ended:
-            return
-        self._ended = True
-        notifier = self._SyncObj__pipeNotifier
-        pipes = (notifier._PipeNotifier__pipeR, notifier._PipeNotifier__pipeW)
-        self._poller.unsubscribe(pipes[0])
-        self.destroy()
-        for descriptor in pipes:
-            os.close(descriptor)
+        """End the group. Never call it from inside a tick."""
+        if not self._ended:
+            self._ended = True
+            self.destroy()
 
 
 def command_entry(command: bytes) -> bytes | None:

@@ -1,9 +1,9 @@
 """One epoch's Raft log on disk, in the shape that PySyncObj expects of its journal, and durable when it says so.
 
 Calls of PySyncObj only collect records; ``sync()`` writes them as one frame and fdatasyncs it. Whoever lets anything
-leave (a message, or a commit counted in a group of one) syncs first: Raft's rule that term, vote and log are on stable
-storage before a server answers (Ongaro and Ousterhout 2014, figure 2), and group commit for free. Commands are read back
-from the file; only the newest stay in memory. Never compacts (an epoch's log is bounded, see member.py), and after one
+leave (a message, or a commit counted) syncs first: Raft's rule that term, vote and log are on stable
+storage before a server answers (Ongaro and Ousterhout 2014, figure 2), and group commit for free. Only a leader's new
+entries may leave before (transport.py). Commands are read back from the file; only the newest stay in memory. Never compacts (an epoch's log is bounded, see member.py), and after one
 failed write never writes again: a failed fsync tells nothing about what is on the disk.
 """
 
@@ -22,6 +22,8 @@ from slum.ledger.frames import JournalId
 from slum.ledger.refusal import RECOVER, Damaged, Refusal
 
 TAIL_BYTES = 1 << 20
+AHEAD_BYTES = 1 << 17
+"""So far zeros are written ahead of the frames: a sync of what was only allocated costs the file system a commit of its own."""
 SLACK_BYTES = 4 << 20
 """Allocated beyond the size at which an epoch is sealed: what is still on its way, the Seal itself, frame headers."""
 
@@ -39,7 +41,7 @@ class Journal:
         """An unsynced frame was found behind the last whole one (and cut) when this journal was opened."""
         self._descriptor = descriptor
         self._frames = 0
-        self._end = frames.HEAD_BYTES
+        self._end = self._zeroed = frames.HEAD_BYTES
         self._terms = array("Q")
         self._offsets = array("Q")
         self._lengths = array("I")
@@ -50,6 +52,7 @@ class Journal:
         self._pending: list[bytes] = []
         self._pending_bytes = 0
         self._dirty = False
+        self._promised = False
         self._failed = False
         self._first: LogEntry | None = None
         self._last: LogEntry | None = None
@@ -60,6 +63,11 @@ class Journal:
     def dirty(self) -> bool:
         """Tell whether something waits for sync() that must be durable before anything is answered."""
         return self._dirty
+
+    @property
+    def promises(self) -> bool:
+        """Tell whether a term, a vote or a cut is among what waits: then not even a leader's own entries may leave."""
+        return self._promised
 
     @property
     def size_bytes(self) -> int:
@@ -74,6 +82,7 @@ class Journal:
         frame = frames.encode_frame(self._frames + 1, body, self.identity.salt)
         try:
             _write_all(self._descriptor, frame, self._end)
+            self._write_ahead(self._end + len(frame))
             os.fdatasync(self._descriptor)
         except OSError:
             self._failed = True
@@ -82,7 +91,7 @@ class Journal:
         self._end += len(frame)
         self._pending.clear()
         self._pending_bytes = 0
-        self._dirty = False
+        self._dirty = self._promised = False
         self._trim_tail()
 
     def raise_commit(self, index: int) -> None:
@@ -125,12 +134,14 @@ class Journal:
 
     def deleteEntriesFrom(self, entryFrom: int) -> None:  # noqa: N802, N803 - PySyncObj's name
         self._remember(frames.truncate_record(entryFrom))
+        self._promised = True
         self._cut(entryFrom)
         self._mark_ends()
 
     def setCurrentTerm(self, term: int, votedForNodeId: str | None) -> None:  # noqa: N802, N803 - PySyncObj's name
         self._vote = frames.Vote(term, votedForNodeId)
         self._remember(frames.vote_record(self._vote))
+        self._promised = True
 
     def getCurrentTerm(self) -> int:  # noqa: N802 - PySyncObj's name
         return self._vote.term
@@ -175,6 +186,15 @@ class Journal:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
+    def _write_ahead(self, end: int) -> None:
+        """Write zeros over zeros behind *end*, when it comes near to what was written so."""
+        if end > self._zeroed:
+            room = os.fstat(self._descriptor).st_size
+            upto = min(end + AHEAD_BYTES, room)
+            if upto > end:
+                _write_all(self._descriptor, bytes(upto - end), end)
+            self._zeroed = max(upto, end)
+
     def _remember(self, record: bytes) -> None:
         self._pending.append(record)
         self._pending_bytes += len(record)
@@ -195,6 +215,7 @@ class Journal:
         with mmap.mmap(self._descriptor, size, prot=mmap.PROT_READ) as data, memoryview(data) as view:
             scanned = frames.scan(view, self.identity.salt, str(self.path), self._take)
         self._frames, self._end, self.torn = scanned
+        self._zeroed = self._end
         if self.torn:
             os.ftruncate(self._descriptor, self._end)
             os.posix_fallocate(self._descriptor, 0, max(bytes_max + SLACK_BYTES, self._end))

@@ -37,6 +37,8 @@ class Link:
         self.said_at = begun_at
         self.splitter = Splitter()
         self.wants_write = outgoing is not None
+        self.armed = self.wants_write
+        """Whether the poller waits for it to be writable."""
         self.has_more = False
         self._tls: ssl.SSLSocket | None = None
         self._greeted = False

@@ -47,6 +47,7 @@ class Links:
         self._dial_at: dict[str, float] = {}
         self._events: list[Event] = []
         self._said: dict[str, str] = {}
+        self._others: dict[int, Callable[[], None]] = {}
         self._poll = select.epoll()
         self._listening = _listen(me.listen)
         self._poll.register(self._listening.fileno(), select.EPOLLIN)
@@ -94,10 +95,16 @@ class Links:
                 self._accept(time.monotonic())
             elif descriptor in self._links:
                 self._guarded(self._links[descriptor], event)
+            elif descriptor in self._others:
+                self._others[descriptor]()
         for link in [link for link in self._links.values() if link.has_more]:
             self._guarded(link, select.EPOLLIN)
         events, self._events = self._events, []
         return events
+
+    def wait_for(self, descriptor: int, ready: Callable[[], None]) -> None:
+        self._others[descriptor] = ready
+        self._poll.register(descriptor, select.EPOLLIN)
 
     def close(self) -> None:
         for link in list(self._links.values()):
@@ -227,7 +234,8 @@ class Links:
             self._rearm(link)
 
     def _rearm(self, link: Link) -> None:
-        if link.descriptor in self._links:
+        if link.armed != link.wants_write and link.descriptor in self._links:
+            link.armed = link.wants_write
             self._poll.modify(link.descriptor, select.EPOLLIN | (select.EPOLLOUT if link.wants_write else 0))
 
     def _end(self, link: Link, why: str) -> None:

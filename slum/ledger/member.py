@@ -8,13 +8,12 @@ and Primary-Backup Replication", 2009): replacing a log wholesale needs no proof
 Order at a Seal: journal of e+1 made durable, state.db commits with epoch e+1, the leader lingers until peers that are close
 have the Seal, group e ends outside of any tick, group e+1 starts, and the old leader stands in it at once. A kill between
 any two leaves either epoch e with its Seal to be applied again, or epoch e+1. A member that is not in the list of its epoch
-is a learner: it takes part in nothing and follows the committed log. All of a Member runs in one thread (the proposer
-takes proposals from any).
+is a learner: it takes part in nothing and follows the committed log. All of a Member runs in one thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from slum.errors import InvariantError
@@ -39,6 +38,7 @@ from slum.ledger.watch import Watch
 from slum.ledger.world import Config, World
 
 TICK_S = 0.02
+LEAST_S = 0.001
 
 
 class Member:
@@ -122,6 +122,10 @@ class Member:
         """Tell whether this member leads, and others' proposals may follow."""
         return self._offers.is_ready
 
+    def wait_for(self, descriptor: int, ready: Callable[[], None]) -> None:
+        """From now on take() also returns when *descriptor* can be read, and calls *ready* then."""
+        self._net.wait_for(descriptor, ready)
+
     def change(self, change: Change, told: Told) -> None:
         """Change the members; *told* hears the new list once it is in force, or why not. From any thread."""
         self._changes.ask(change, told, self._world.clock())
@@ -163,7 +167,17 @@ class Member:
     # --- the loop ----------------------------------------------------------------------------------------------------
 
     def step(self, wait_s: float) -> None:
-        """Propose, make durable, commit and apply what there is; then wait at most *wait_s* for more.
+        """Take what peers have sent, waiting at most *wait_s* for the first of it, and work on it."""
+        self.take(wait_s)
+        self.work()
+
+    def take(self, wait_s: float) -> None:
+        """Take in what peers have sent; wait at most *wait_s* for it, and no longer than until something else is due."""
+        for got in self._net.receive(self._patience(wait_s)):
+            self._peers.handle(got)
+
+    def work(self) -> None:
+        """Propose, make durable, commit and apply what there is.
 
         Raises OSError or SlumError when the disk fails or an entry cannot be applied: the member is then dead.
         """
@@ -174,14 +188,19 @@ class Member:
         if self._offers.settled():
             self._note("no_longer_a_member", member=self._me.id)
         self._offers.offer()
-        self._epoch.journal.sync()
+        journal = self._epoch.journal
+        journal.sync()
         self._tick()
+        if journal.dirty and self._failure is None:
+            # What a leader has just sent is written while it travels. Alone, it is now committed.
+            journal.sync()
+            if self._epoch.wire is None:
+                self._epoch.tick()
         if self._failure is not None:
             raise self._failure
+        self._epoch.group.tell(at_once=self._relays.take_urgent() or self.sealed)
         if self._next is not None and not self._lingers():
             self._begin_epoch()
-        for got in self._net.receive(self._patience(wait_s)):
-            self._peers.handle(got)
 
     def _tick(self) -> None:
         # Its times would be wrong in everything that it stamps; another member can lead.
@@ -208,9 +227,32 @@ class Member:
                 self._catch_up.from_peer(self._world.chance.choice(here))
 
     def _patience(self, wait_s: float) -> float:
-        if self._epoch.journal.dirty or (self.sealed and self._epoch.wire is None):
+        epoch = self._epoch
+        stands = epoch.is_about_to_stand and not self._watch.own_clock_is_wrong
+        if epoch.journal.dirty or stands or self._offers.has_more:
             return 0.0
-        return min(wait_s, TICK_S) if self._has_company else wait_s
+        if not self._has_company:
+            return wait_s
+        now, tell_at = self._world.clock(), epoch.group.tell_at
+        if self._is_busy:
+            return max(0.0, min(wait_s, TICK_S, tell_at - now))
+        due = min(self._peers.ping_at, epoch.group.beats_at if epoch.group.leads else epoch.election.deadline)
+        return max(0.0, min(wait_s, tell_at - now, max(LEAST_S, due - now)))
+
+    @property
+    def _is_busy(self) -> bool:
+        """Tell whether something may become due that has no time of its own."""
+        proposer, epoch = self.proposer, self._epoch
+        return (
+            proposer.in_flight
+            or proposer.queued > 0
+            or self.sealed
+            or not epoch.is_member
+            or self._catch_up.busy
+            or self._changes.pending is not None
+            or self._watch.own_clock_is_wrong
+            or self._peers.lacks_somebody
+        )
 
     def close(self) -> None:
         self._epoch.group.close()
@@ -231,7 +273,6 @@ class Member:
                 self._apply(data)
         except Exception as error:  # noqa: BLE001 - PySyncObj would apply the entry again; step() raises it
             self._failure = error
-        self.wake.set()
 
     def _apply(self, data: bytes) -> None:
         applied = self.state.apply(data, self._before_commit)
@@ -240,6 +281,7 @@ class Member:
             self.proposer.put_back()
         else:
             self.proposer.applied(applied.proposals, applied.results)
+            self._relays.applied(applied.proposals)
 
     def _before_commit(self, applied: Applied) -> None:
         if applied.sealed is not None:
@@ -282,6 +324,8 @@ class Member:
 
     def _made(self, opened_journal: journal.Journal, skip: replay.Skip) -> Epoch:
         """Start the group of the epoch that state.db is in."""
+        # Alone, state.db is what there is when the journal is damaged.
+        self.state.sync_all(len({row.id for row in self.position.members} | {self._me.id}) == 1)
         leads_next, self._leads_next = self._leads_next, False
         return Epoch(
             me=self._me.id,

@@ -1,7 +1,7 @@
 """What a member needs of a network: send to a peer, and be told what came, who is there, who is gone.
 
 Links (links.py) is the real one, Alone is that of a member without peers, and a simulation brings its own. All calls are
-made by the ledger's thread; only the Wake is set by others.
+made by the ledger's thread; only the Wake is set from elsewhere.
 """
 
 from __future__ import annotations
@@ -58,6 +58,10 @@ class Net(Protocol):
         """Return what happened, waiting at most *wait_s* for the first of it or for the wake."""
         ...
 
+    def wait_for(self, descriptor: int, ready: Callable[[], None]) -> None:
+        """From now on receive() also ends its wait when *descriptor* can be read, and calls *ready* then."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -66,6 +70,7 @@ class Alone:
 
     def __init__(self) -> None:
         self.wake = Wake()
+        self._others: dict[int, Callable[[], None]] = {}
         self._poll = select.poll()
         self._poll.register(self.wake.descriptor, select.POLLIN)
 
@@ -79,9 +84,16 @@ class Alone:
         """There is nobody to drop."""
 
     def receive(self, wait_s: float) -> list[Event]:
-        if self._poll.poll(wait_s * 1000):
-            self.wake.clear()
+        for descriptor, _ in self._poll.poll(wait_s * 1000):
+            if descriptor == self.wake.descriptor:
+                self.wake.clear()
+            else:
+                self._others[descriptor]()
         return []
+
+    def wait_for(self, descriptor: int, ready: Callable[[], None]) -> None:
+        self._others[descriptor] = ready
+        self._poll.register(descriptor, select.POLLIN)
 
     def close(self) -> None:
         self.wake.close()

@@ -37,7 +37,7 @@ from slum.ledger.peerwire import (
     WantCopy,
     WantTail,
 )
-from slum.ledger.rows import Rows
+from slum.ledger.rows import Rows, RowsAt
 from slum.ledger.status import Sight
 from slum.ledger.transport import Wire
 
@@ -95,6 +95,7 @@ class Peers:
         self._wire: Wire | None = None
         self._place: Place = (0, 0)
         self._next_ping = 0.0
+        self._told_rows: RowsAt | None = None
         self._refused: dict[str, str] = {}
         self._heard: dict[str, float] = {}
         """When those that are gone were last heard."""
@@ -129,6 +130,16 @@ class Peers:
     def up(self) -> tuple[str, ...]:
         return tuple(self._peers)
 
+    @property
+    def lacks_somebody(self) -> bool:
+        """Tell whether somebody who is let in is not connected."""
+        return len(self._peers) < len(self._known)
+
+    @property
+    def ping_at(self) -> float:
+        """When the others are pinged next."""
+        return self._next_ping
+
     def seq_of(self, peer: str) -> int | None:
         """Return how far *peer* was when it last said so; None when it is not connected."""
         found = self._peers.get(peer)
@@ -160,11 +171,10 @@ class Peers:
         return {name: off for name, off in known if off is not None}
 
     def tick(self, seq: int) -> None:
-        """Ping everyone when it is time."""
-        now = self._clock()
-        if now >= self._next_ping:
-            self._next_ping = now + PING_S
-            mine = self.rows.mine
+        """Ping everyone when it is time, and when there are rows to tell of: who differs must say so before it ends."""
+        now, mine = self._clock(), self.rows.mine
+        if now >= self._next_ping or mine is not self._told_rows:
+            self._next_ping, self._told_rows = now + PING_S, mine
             ping = Ping(
                 place=self._place,
                 seq=seq,

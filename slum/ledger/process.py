@@ -9,7 +9,6 @@ wrong and the way out; the keeper may start it again without harm.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import secrets
 import shlex
@@ -27,7 +26,7 @@ from slum.ledger import identity, joiner
 from slum.ledger.links import Links
 from slum.ledger.member import Member
 from slum.ledger.opening import opened
-from slum.ledger.service import Connection, Service
+from slum.ledger.service import Service
 from slum.ledger.world import Config, World, real_world
 from slum.paths import Home, checked_home
 
@@ -60,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
         if me is not None and world is not None:
             _join(home.state, me, config, world)
         with opened(home.state, config, run=secrets.token_hex(8), note=_note, world=world) as member:
-            asyncio.run(_serve(member, home))
+            _serve(member, home)
     except (SlumError, OSError, sqlite3.Error) as error:
         hint = error.hint if isinstance(error, SlumError) else DISK_HINT
         logger.error("ledger_failed", error=str(error), hint=hint.replace("DIR", str(home.data)))
@@ -84,23 +83,17 @@ def _join(home: Path, me: identity.Me, config: Config, world: World) -> None:
     _note("joined", cluster=wanted.cluster)
 
 
-async def _serve(member: Member, home: Home) -> None:
-    service = Service(member)
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, service.stop)
-    listening = _listen(home.ledger_socket)
-    server = await loop.create_unix_server(lambda: Connection(service), sock=listening)
-    service.start()
-    at = member.position
-    log.get().info("ledger_started", cluster=at.cluster_id, generation=at.generation, epoch=at.epoch, seq=at.seq)
-    try:
-        await service.ended
-    finally:
-        home.ledger_socket.unlink(missing_ok=True)
-        server.close()
-        service.join()
-        await asyncio.sleep(0)
+def _serve(member: Member, home: Home) -> None:
+    with _listen(home.ledger_socket) as listening:
+        service = Service(member, listening)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: service.stop())
+        at = member.position
+        log.get().info("ledger_started", cluster=at.cluster_id, generation=at.generation, epoch=at.epoch, seq=at.seq)
+        try:
+            service.run()
+        finally:
+            home.ledger_socket.unlink(missing_ok=True)
 
 
 def _listen(path: Path) -> socket.socket:
@@ -113,6 +106,7 @@ def _listen(path: Path) -> socket.socket:
         listening.bind(str(fresh))
         os.chmod(fresh, 0o600)
         listening.listen(128)
+        listening.setblocking(False)
         fresh.rename(path)
     except OSError:
         listening.close()

@@ -9,9 +9,10 @@ which keeps a caller's order.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from slum.errors import BY_CODE, QuorumLost, SlumError
+from slum.ledger.commands import Proposal
 from slum.ledger.peerwire import Message, Relay, RelayRefused
 from slum.ledger.proposer import Answer, Proposer
 
@@ -31,6 +32,9 @@ class Relays:
         self._not_before = 0.0
         self._told: deque[tuple[str, RelayRefused]] = deque()
         """Filled by whichever thread hands out answers."""
+        self._from_others: set[str] = set()
+        """Request ids that were relayed to us and are not answered yet."""
+        self._urgent = False
 
     def send(self, leader: str) -> None:
         """Send the next batch to *leader*, or the same again when its answer is late."""
@@ -67,6 +71,16 @@ class Relays:
             except SlumError as error:
                 take(error)
 
+    def applied(self, proposals: Sequence[Proposal]) -> None:
+        """Take note that *proposals* are committed: somebody may wait at another member until that one hears it too."""
+        if self._from_others and any(proposal.request_id in self._from_others for proposal in proposals):
+            self._urgent = True
+
+    def take_urgent(self) -> bool:
+        """Tell, once, whether others should hear at once what is committed."""
+        urgent, self._urgent = self._urgent, False
+        return urgent
+
     def tell(self) -> None:
         """Send the refusals of what was relayed to us."""
         while self._told:
@@ -81,7 +95,10 @@ class Relays:
             self._proposer.refuse(message.request_ids, error)
 
     def _teller(self, peer: str, request_id: str) -> Callable[[Answer], None]:
+        self._from_others.add(request_id)
+
         def tell(answer: Answer) -> None:
+            self._from_others.discard(request_id)
             # Results need no word: the entry that holds them is on its way to every member.
             if isinstance(answer, SlumError):
                 refused = RelayRefused(

@@ -38,6 +38,8 @@ class ResultBook:
     def prune(self, kept: int) -> None:
         """Drop all but the newest *kept* answers."""
         last = self.number - kept
+        if last <= 0:
+            return
         (newest,) = self._db.execute("SELECT max(seq) FROM results WHERE number <= ?", (last,)).fetchone()
         if newest is not None:
             self.floor = newest

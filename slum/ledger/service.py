@@ -1,19 +1,19 @@
-"""Between the callers on the unix socket and the ledger's own thread: hands proposals in, answers and news out.
+"""The callers on the unix socket: takes proposals in, gives answers and news out, in the one thread that runs the member.
 
-The thread runs Member.step() over and over; nothing that happens on the socket can delay it by more than the time to queue
-a proposal. Everything else here runs on the event loop, in callbacks that never block. Calls a connection, their size and
-what waits to be written are bounded.
+One thread, because a proposal would otherwise be handed over twice on its way, and wait for the interpreter each time. A turn
+waits for peers and callers alike, reads what callers have sent (so much from each), lets the member work, and writes all
+answers to a caller at once. Nothing here blocks: calls a connection, their size and what waits to be written are bounded, and
+whoever does not read is cut off.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
 import secrets
+import select
 import socket
 import struct
-import threading
-from collections import deque
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -21,210 +21,226 @@ from slum.alive import Alive
 from slum.errors import QuorumLost, SlumError
 from slum.ledger import rpc
 from slum.ledger.changes import Change
-from slum.ledger.commands import Barrier, LeaderInfo, Proposal, Result, new_request_id
+from slum.ledger.commands import Barrier, Proposal, new_request_id
 from slum.ledger.commands import Member as MemberRow
 from slum.ledger.member import Member
 from slum.ledger.proposer import Answer, Take
-from slum.ledger.status import LedgerStatus
 
 IDLE_S = 0.5
-"""How long the thread waits when nothing is to be done; a proposal ends the wait."""
+"""How long a turn waits at most when nothing is to be done."""
 WAIT_S_MAX = 60.0
+READ_BYTES = 1 << 18
 WRITE_BYTES_MAX = 16 << 20
+DEAF_S = 1.0
+"""No caller is let in for so long when there is no descriptor left for one."""
 _PEER = struct.Struct("3i")
 STOPPING = QuorumLost("the ledger process is stopping", hint="repeat the request with the same request id")
 
 
 class Service:
-    """Runs *member* in a thread of its own and serves any number of connections."""
+    """Runs *member* and serves any number of connections to *listening*, which does not block."""
 
-    def __init__(self, member: Member) -> None:
-        self._member = member
-        self._loop = asyncio.get_running_loop()
-        self._stopping = threading.Event()
-        self._info = member.leader()
-        self._members = member.position.members
-        self._waiters: dict[object, tuple[int, Callable[[int], None]]] = {}
-        self._connections: set[Connection] = set()
-        self._curious: deque[Callable[[LedgerStatus], None]] = deque()
-        """Who wants the status; filled by the event loop, emptied by the ledger's thread."""
-        self.ended: asyncio.Future[None] = self._loop.create_future()
-        """Done when the thread has ended: after stop(), or with the error that ended it."""
-        self._thread = threading.Thread(target=self._run, name="ledger")
+    def __init__(self, member: Member, listening: socket.socket) -> None:
+        self.member = member
+        self._listening = listening
+        self._deaf_until = 0.0
+        self._stopping = False
+        self._waiters: dict[object, tuple[int, float, Callable[[int], None]]] = {}
+        self._connections: dict[int, Connection] = {}
+        self._to_flush: set[Connection] = set()
+        self._poll = select.epoll()
+        self._poll.register(listening.fileno(), select.EPOLLIN)
         self._alive = Alive()
-
-    def start(self) -> None:
-        self._thread.start()
+        member.wait_for(self._poll.fileno(), self._serve)
 
     def stop(self) -> None:
-        """Finish what is in flight, answer the rest with QuorumLost, then end. Safe to repeat."""
-        if not self._stopping.is_set():
-            self._stopping.set()
-            self._member.wake.set()
+        """Finish what is in flight, answer the rest with QuorumLost, then end. Safe to repeat, and in a signal's handler."""
+        self._stopping = True
+        self.member.wake.set()
 
-    def join(self) -> None:
-        self._thread.join()
-        for connection in list(self._connections):
-            connection.abort()
-
-    # --- what connections call ---------------------------------------------------------------------------------------
-
-    @property
-    def info(self) -> LeaderInfo:
-        return self._info
-
-    @property
-    def members(self) -> tuple[MemberRow, ...]:
-        return self._members
-
-    def propose(self, proposal: Proposal, take: Take) -> None:
-        """Queue *proposal*; *take* gets its answer. Raises QuorumLost when the queue is full."""
-        self._member.proposer.submit(proposal, take, seq=self._info.seq)
-        self._member.wake.set()
+    def run(self) -> None:
+        """Serve until stop(); raise what ends the member."""
+        member, proposer = self.member, self.member.proposer
+        try:
+            while not (self._stopping and not proposer.in_flight):
+                member.take(self._patience())
+                member.work()
+                self._publish()
+                self._alive.tell()
+                if self._deaf_until and time.monotonic() >= self._deaf_until:
+                    self._deaf_until = 0.0
+                    self._poll.register(self._listening.fileno(), select.EPOLLIN)
+            proposer.close(STOPPING)
+            self._publish()
+        finally:
+            for connection in list(self._connections.values()):
+                connection.close()
+            self._poll.close()
 
     def wait(self, seq: int, deadline_s: float, take: Callable[[int], None]) -> None:
         """Give *take* the applied seq once it is above *seq*, or *seq* after *deadline_s*."""
-        if self._info.seq > seq:
-            take(self._info.seq)
-            return
-        token = object()
-        self._waiters[token] = (seq, take)
-        self._loop.call_later(max(0.0, min(deadline_s, WAIT_S_MAX)), self._expire, token)
+        now = self.member.position.seq
+        if now > seq:
+            take(now)
+        else:
+            until = time.monotonic() + max(0.0, min(deadline_s, WAIT_S_MAX))
+            self._waiters[object()] = (seq, until, take)
 
-    def change(self, change: Change, take: Callable[[tuple[MemberRow, ...] | SlumError], None]) -> None:
-        """Change the members; *take* hears the outcome on the event loop. Raises Conflict while another change runs."""
-        self._member.change(change, lambda outcome: self._hand_over(take, outcome))
+    def flush_later(self, connection: Connection) -> None:
+        self._to_flush.add(connection)
 
-    def status(self, take: Callable[[LedgerStatus], None]) -> None:
-        """Give *take* the status, on the event loop, as soon as the ledger's thread has made it."""
-        self._curious.append(take)
-        self._member.wake.set()
+    def watch(self, connection: Connection, events: int) -> None:
+        """From now on wait for *events* of *connection*."""
+        self._poll.modify(connection.descriptor, events)
 
-    def _hand_over(
-        self, take: Callable[[tuple[MemberRow, ...] | SlumError], None], outcome: tuple[MemberRow, ...] | SlumError
-    ) -> None:
-        self._loop.call_soon_threadsafe(take, outcome)
+    def forget(self, connection: Connection) -> None:
+        self._poll.unregister(connection.descriptor)
+        del self._connections[connection.descriptor]
+        self._to_flush.discard(connection)
 
-    def add(self, connection: Connection) -> None:
-        self._connections.add(connection)
+    # --- a turn ------------------------------------------------------------------------------------------------------
 
-    def remove(self, connection: Connection) -> None:
-        self._connections.discard(connection)
+    def _patience(self) -> float:
+        if not self._waiters:
+            return IDLE_S
+        return max(0.0, min(IDLE_S, min(until for _, until, _ in self._waiters.values()) - time.monotonic()))
 
-    def _expire(self, token: object) -> None:
-        waiter = self._waiters.pop(token, None)
-        if waiter is not None:
-            waiter[1](waiter[0])
+    def _serve(self) -> None:
+        for descriptor, event in self._poll.poll(0):
+            connection = self._connections.get(descriptor)
+            if connection is not None:
+                connection.serve(event)
+            elif descriptor == self._listening.fileno():
+                self._accept()
 
-    # --- the ledger's thread -----------------------------------------------------------------------------------------
-
-    def _run(self) -> None:
-        failure: BaseException | None = None
+    def _accept(self) -> None:
         try:
-            while True:
-                self._member.step(IDLE_S)
-                self._publish()
-                if self._stopping.is_set() and not self._member.proposer.in_flight:
-                    break
-            self._member.proposer.close(STOPPING)
-            self._publish()
-        except BaseException as error:  # noqa: BLE001 - not swallowed: the loop's side raises it from `ended`
-            failure = error
-        self._loop.call_soon_threadsafe(self._end, failure)
+            sock, _ = self._listening.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError:
+            self._poll.unregister(self._listening.fileno())
+            self._deaf_until = time.monotonic() + DEAF_S
+            return
+        sock.setblocking(False)
+        if not _is_ours(sock):
+            sock.close()
+            return
+        connection = Connection(self, sock)
+        self._connections[connection.descriptor] = connection
+        self._poll.register(connection.descriptor, select.EPOLLIN)
 
     def _publish(self) -> None:
-        if self._alive.due:  # both threads turn: this one, and the event loop
-            self._loop.call_soon_threadsafe(self._alive.tell)
-        if self._curious:
-            status = self._member.status()
-            while self._curious:
-                self._loop.call_soon_threadsafe(self._curious.popleft(), status)
-        answers, info = self._member.proposer.release(), self._member.leader()
-        if answers or info != self._info:
-            self._loop.call_soon_threadsafe(self._published, answers, info, self._member.position.members)
-
-    def _published(self, answers: list[tuple[Take, Answer]], info: LeaderInfo, members: tuple[MemberRow, ...]) -> None:
-        self._info, self._members = info, members
-        for take, answer in answers:
+        for take, answer in self.member.proposer.release():
             take(answer)
-        due = [token for token, (seq, _) in self._waiters.items() if info.seq > seq]
-        for token in due:
-            self._waiters.pop(token)[1](info.seq)
+        if self._waiters:
+            seq, now = self.member.position.seq, time.monotonic()
+            for token, (above, until, give) in list(self._waiters.items()):
+                if seq > above or now >= until:
+                    del self._waiters[token]
+                    give(seq if seq > above else above)
+        while self._to_flush:
+            self._to_flush.pop().flush()
 
-    def _end(self, failure: BaseException | None) -> None:
-        if failure is None:
-            self.ended.set_result(None)
-        else:
-            self.ended.set_exception(failure)
 
+class Connection:
+    """One caller. Whoever speaks another protocol, or does not read, is cut off."""
 
-class Connection(asyncio.Protocol):
-    """One caller. Whoever is neither this user nor root, or speaks another protocol, is cut off."""
-
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, sock: socket.socket) -> None:
         self._service = service
+        self._sock = sock
+        self.descriptor = sock.fileno()
         self._splitter = rpc.Splitter()
-        self._transport: asyncio.Transport | None = None
         self._open_calls = 0
+        self._out = bytearray()
+        self._events = select.EPOLLIN
+        self._closed = False
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        if not isinstance(transport, asyncio.Transport) or not _is_ours(transport):
-            transport.close()
-            return
-        self._transport = transport
-        self._service.add(self)
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._service.forget(self)
+            self._sock.close()
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._transport = None
-        self._service.remove(self)
-
-    def abort(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
-
-    def data_received(self, data: bytes) -> None:
-        if self._transport is None:
+    def serve(self, event: int) -> None:
+        """Read what has come, at most READ_BYTES, and begin the calls in it; write what the kernel did not take before."""
+        if event & select.EPOLLOUT:
+            self.flush()
+        if self._closed or not event & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR):
             return
         try:
+            data = self._sock.recv(READ_BYTES)
             calls = [rpc.unpack_call(frame) for frame in self._splitter.feed(data)]
-        except rpc.BadFrame:
-            self.abort()
+        except BlockingIOError:
             return
+        except (OSError, rpc.BadFrame):
+            data, calls = b"", []
+        if not data:
+            self.close()
+            return
+        self._open_calls += len(calls)
         for call in calls:
-            self._open_calls += 1
             self._begin(call)
-        if self._open_calls >= rpc.CALLS_MAX and self._transport is not None:
-            self._transport.pause_reading()
+        self._rearm()
+
+    def flush(self) -> None:
+        """Write what the kernel takes."""
+        if self._closed:
+            return
+        try:
+            sent = self._sock.send(self._out) if self._out else 0
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.close()
+            return
+        del self._out[:sent]
+        if len(self._out) > WRITE_BYTES_MAX:
+            self.close()
+        else:
+            self._rearm()
+
+    def _rearm(self) -> None:
+        if self._closed:
+            return
+        events = select.EPOLLIN if self._open_calls < rpc.CALLS_MAX else 0
+        events |= select.EPOLLOUT if self._out else 0
+        if events != self._events:
+            self._events = events
+            self._service.watch(self, events)
+
+    # --- calls -------------------------------------------------------------------------------------------------------
 
     def _begin(self, call: rpc.Call) -> None:
-        service, number = self._service, call.id
+        member, number = self._service.member, call.id
         match call.operation:
             case rpc.Propose(proposal=proposal):
                 self._propose(proposal, partial(self._answer, number))
             case rpc.TakeBarrier():
-                request_id = new_request_id(secrets.token_hex(16), service.info.seq)
+                request_id = new_request_id(secrets.token_hex(16), member.position.seq)
                 proposal = Proposal(command=Barrier(), request_id=request_id, actor="")
                 self._propose(proposal, partial(self._answer_barrier, number))
             case rpc.WaitFor(seq=seq, deadline_s=deadline_s):
-                service.wait(seq, deadline_s, lambda now: self._reply(rpc.Reply(id=number, seq=now)))
+                self._service.wait(seq, deadline_s, lambda now: self._reply(rpc.Reply(id=number, seq=now)))
             case rpc.AskLeader():
-                self._reply(rpc.Reply(id=number, leader=service.info))
+                self._reply(rpc.Reply(id=number, leader=member.leader()))
             case rpc.AskChange(add=add, remove=remove):
                 self._change(Change(add=add, remove=remove), partial(self._answer_change, number))
             case rpc.AskStatus():
-                service.status(lambda status: self._reply(rpc.Reply(id=number, status=status)))
+                self._reply(rpc.Reply(id=number, status=member.status()))
             case rpc.AskMembers():
-                self._reply(rpc.Reply(id=number, members=service.members))
+                self._reply(rpc.Reply(id=number, members=member.position.members))
 
     def _propose(self, proposal: Proposal, take: Take) -> None:
+        member = self._service.member
         try:
-            self._service.propose(proposal, take)
+            member.proposer.submit(proposal, take, seq=member.position.seq)
         except SlumError as error:
             take(error)
 
     def _change(self, change: Change, take: Callable[[tuple[MemberRow, ...] | SlumError], None]) -> None:
         try:
-            self._service.change(change, take)
+            self._service.member.change(change, take)
         except SlumError as error:
             take(error)
 
@@ -244,24 +260,15 @@ class Connection(asyncio.Protocol):
         if isinstance(answer, SlumError):
             self._answer(number, answer)
         else:
-            self._reply(rpc.Reply(id=number, seq=_seq(answer)))
+            self._reply(rpc.Reply(id=number, seq=answer.seq))
 
     def _reply(self, reply: rpc.Reply) -> None:
         self._open_calls -= 1
-        if self._transport is None:
-            return
-        self._transport.write(rpc.pack(reply))
-        if self._transport.get_write_buffer_size() > WRITE_BYTES_MAX:
-            self._transport.abort()
-        elif self._open_calls < rpc.CALLS_MAX:
-            self._transport.resume_reading()
+        if not self._closed:
+            self._out += rpc.pack(reply)
+            self._service.flush_later(self)
 
 
-def _seq(result: Result) -> int:
-    return result.seq
-
-
-def _is_ours(transport: asyncio.Transport) -> bool:
-    peer: socket.socket = transport.get_extra_info("socket")
-    _, uid, _ = _PEER.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+def _is_ours(sock: socket.socket) -> bool:
+    _, uid, _ = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
     return uid in (0, os.geteuid())

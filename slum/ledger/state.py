@@ -63,6 +63,7 @@ class State:
         self._db = db
         self._path = path
         self._results_kept = results_kept
+        self._syncs_all = True
         self.position = schema.read_position(db, str(path))
 
     @classmethod
@@ -94,6 +95,19 @@ class State:
 
     def close(self) -> None:
         self._db.close()
+
+    def sync_all(self, wanted: bool) -> None:
+        """Make every commit durable before apply() returns, or only that of a Seal.
+
+        The second is for members of a group of several: what they apply is durable in the journals of a majority, their own among
+        them, and is applied again from there when a power cut takes the newest commits. SQLite syncs before each checkpoint, so
+        what is left is a state that was. A Seal's must stay: the votes and entries of the next epoch's journal hang on it.
+        """
+        self._syncs_all = wanted
+        self._set_sync(wanted)
+
+    def _set_sync(self, full: bool) -> None:
+        self._db.execute(f"PRAGMA synchronous={'FULL' if full else 'NORMAL'}").close()
 
     def is_replay_of(self, entries: Iterable[bytes]) -> str:
         """Return "" when *entries*, those of this epoch's journal, lead to this state, else why they do not."""
@@ -135,11 +149,15 @@ class State:
         entry = _entry(data, self.position.seq + 1)
         db = self._db
         try:
+            if not self._syncs_all and _may_seal(entry):
+                self._set_sync(True)
             db.execute("BEGIN IMMEDIATE")
             applied = self._apply(entry, data)
             if before_commit is not None:
                 before_commit(applied)
             db.execute("COMMIT")
+            if not self._syncs_all and _may_seal(entry):
+                self._set_sync(False)
         except sqlite3.Error as error:
             raise StateFailed(
                 f"{self._path}: {error} while applying entry {self.position.seq + 1}",
@@ -331,6 +349,10 @@ def bootstrap(path: Path, position: Position, *, actor: str, at: float) -> None:
         db.execute("COMMIT")
     finally:
         db.close()
+
+
+def _may_seal(entry: Entry) -> bool:
+    return any(isinstance(proposal.command, Seal) for proposal in entry.proposals)
 
 
 def _entry(data: bytes, seq: int) -> Entry:

@@ -1,7 +1,8 @@
 """Between PySyncObj and the members' connections: translates, filters, and corrects what is unsafe in its messages.
 
-Out: the journal is synced before any message leaves (Raft: persist before answering), four message types pass, each with
-the place and the sender's term. In: what is of another epoch or term is dropped, appends are fitted to the log
+Out: the journal is synced before any message leaves (Raft: persist before answering), but for a leader's new entries, which
+it writes while they travel: it counts itself only once they are on its disk (Ongaro's thesis, 2014, section 10.2.1). Four
+message types pass, each with the place and the sender's term. In: what is of another epoch or term is dropped, appends are fitted to the log
 (overlap.py), a peer's vote counts once a term, and a sender of an older term is told so instead of being ignored. One Wire
 serves one group; connections outlive it. All in the ledger's one thread.
 """
@@ -90,11 +91,15 @@ class Wire(Transport):  # type: ignore[misc]  # PySyncObj has no types
         """*peer* is connected and in this epoch."""
         if peer in self._nodes and peer not in self._up:
             self._up.add(peer)
+            self._election.found_leader(peer, self._clock())
             self._onNodeConnected(self._nodes[peer])
 
     def down(self, peer: str) -> None:
         if peer in self._up:
             self._up.discard(peer)
+            if self.group.leader == peer:
+                others = sorted({self.group.selfNode.id, *self._nodes} - {peer})
+                self._election.lost_leader(peer, self._clock(), others.index(self.group.selfNode.id))
             self._onNodeDisconnected(self._nodes[peer])
 
     def acknowledged(self, peer: str) -> int:
@@ -108,7 +113,8 @@ class Wire(Transport):  # type: ignore[misc]  # PySyncObj has no types
         translated = self._translate(message)
         if translated is None or node.id not in self._up or self._feeding:
             return False
-        self._journal.sync()
+        if not isinstance(translated, Append) or self._journal.promises:
+            self._journal.sync()
         self._post(node.id, translated)
         return True
 

@@ -44,4 +44,4 @@ def real_world(net: Net, now: Callable[[], float] = time.time) -> World:
     def apart(work: Callable[[], None]) -> None:
         threading.Thread(target=work, name="copy", daemon=True).start()
 
-    return World(net=net, now=now, chance=random.SystemRandom(), apart=apart)
+    return World(net=net, now=now, chance=random.Random(), apart=apart)

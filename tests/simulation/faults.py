@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from simulation import power
 from simulation.witness import Witness
 from slum.ledger import frames, group, journal
 from slum.ledger.state import Applied, State
@@ -123,11 +124,17 @@ def _install() -> None:
         return found
 
     def applied(self: State, data: bytes, before_commit: Callable[[Applied], None]) -> Applied:
+        synced = False
+
         def before(done: Applied) -> None:
+            nonlocal synced
             passes("apply-before")
             before_commit(done)
+            synced = power.syncs(self._db)
 
         done = apply(self, data, before)
+        if synced:
+            power.note_synced(self.path)
         assert Faults.current is not None
         Faults.current.witness.applied(done)
         passes("apply-after")

@@ -100,6 +100,34 @@ def _unsynced_send() -> None:
     _replace(Wire, "__init__", made)
 
 
+def _unsynced_seal() -> None:
+    _replace(state, "_may_seal", lambda entry: False)
+
+
+def _counted_early() -> None:
+    sync = journal.Journal.sync
+    work = Member.work
+
+    def worked(self: Member) -> None:
+        # The leader's own entries reach its disk one step after they were counted; terms and votes do in time.
+        def lazy(log: journal.Journal) -> None:
+            leads = self.epoch.group.leads and log is self.epoch.journal
+            if not leads or log.promises:
+                sync(log)
+
+        log = self.epoch.journal
+        late = log.dirty and self.epoch.group.leads
+        log.sync = lambda: lazy(log)  # type: ignore[method-assign]
+        try:
+            work(self)
+        finally:
+            log.__dict__.pop("sync", None)
+        if late and log is self.epoch.journal:
+            sync(log)
+
+    _replace(Member, "work", worked)
+
+
 def _votes_without_a_name() -> None:
     def take(self: Wire, peer: str, message: Vote) -> None:
         if message.term == self.group.term:
@@ -160,6 +188,8 @@ ALL = (
     Mutation("own-end", "acknowledge only what the message covers, not the log's own end", _own_end, 300, rolling=True),
     Mutation("sync-alone", "sync before a group of one counts its own entries", _unsynced_alone, 300),
     Mutation("sync-before-send", "sync before any message leaves", _unsynced_send, 100),
+    Mutation("sync-seal", "sync state.db at a Seal: the next journal's votes hang on it", _unsynced_seal, 300),
+    Mutation("sync-before-count", "a leader's entries are on its disk before it counts itself", _counted_early, 100),
     Mutation("one-vote", "one vote a peer a term", _votes_without_a_name, 300, members=5),
     Mutation("vote-term", "votes count in their own term only", _votes_of_any_term, 300, rolling=True),
     Mutation("answer-term", "answers to appends count in their own term only", _answers_of_any_term, 300, rolling=True),

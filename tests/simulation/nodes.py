@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from simulation import power
 from simulation.faults import Crash, Faults, torn_write
 from simulation.switch import Clock, SimNet, Switch
 from simulation.witness import Failed, Witness
@@ -210,7 +211,10 @@ class Nodes:
         assert member is not None
         self.say(node, "crash", {"at": self.faults.last})
         torn = torn_write(member.epoch.journal, self.chance)
+        left = power.cut_off(member.state, self.chance)
         self.end(node)
+        if left[0].exists():
+            power.leave(left)
         if torn is not None:
             with torn[0].open("r+b") as file:
                 file.seek(torn[1])

@@ -301,6 +301,9 @@ class Schedule:
     def probe(self) -> None:
         """With members well, a lost line or one that was away deposes nobody, and the others go on."""
         self.settle()
+        # A leader whose connections have all just broken is rightly replaced: that must be over.
+        self.go_on(1.0)
+        self.settle()
         leaders = [node for node in self.nodes.leading if node.member is not None and node.member.is_ready]
         voters = [row.id for row in leaders[0].member.position.members] if leaders and leaders[0].member else []
         if len(leaders) != 1 or len(voters) < 3 or not self.clocks_agree or self.hurries:
