@@ -262,7 +262,7 @@ class Cluster:
         for file in (host.run / "p" / "k").glob("c.*"):
             with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
                 row = json.loads(file.read_text())
-                if row["spawn"]["name"] == program and row.get("pid") and _lives(int(row["pid"])):
+                if row["spawn"]["name"] == program and row.get("pid") and self._runs_on(host, int(row["pid"])):
                     return int(row["pid"])
         raise LookupError(f"{program} does not run on {host.name}")
 
@@ -374,6 +374,12 @@ class Cluster:
             for log in sorted(host.data.glob("logs/_slum/*/current")):
                 tail = log.read_text(errors="replace").splitlines()[-lines:]
                 print(f"--- {host.name} {log.parent.name}", *tail, sep="\n")
+
+    def _runs_on(self, host: Host, pid: int) -> bool:
+        """Tell whether *pid* lives there: the number of one that ended may be somebody else's by now."""
+        with contextlib.suppress(OSError):
+            return _lives(pid) and _inode(Path(f"/proc/{pid}/ns/net")) == _inode(Path(f"/run/netns/{host.netns}"))
+        return False
 
     def _end(self, host: Host) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -22,6 +22,7 @@ from cluster_site import missing_tools
 
 from chaos.run import Plan, Report, run
 from chaos.schedule import schedule
+from chaos.site import remove_left
 
 SHOWN = 12
 """Steps of the schedule that are printed before; a run does as many as it has time for."""
@@ -32,6 +33,9 @@ def main() -> int:
     if os.geteuid() != 0 or missing_tools():
         print(f"needs root, and {', '.join(missing_tools()) or 'nothing else'}", file=sys.stderr)
         return 2
+    if given.remove:
+        remove_left(given.remove)
+        return 0
     os.nice(given.nice)
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell has it ignore ctrl-C
         signal.signal(number, lambda *_: _interrupt())
@@ -89,6 +93,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="at most so many steps")
     parser.add_argument("--keep", type=Path, default=Path("/tmp/slum-chaos"), help="where logs of a failure go")
     parser.add_argument("--nice", type=int, default=0)
+    parser.add_argument(
+        "--remove", metavar="TOKEN", help="remove what a run that was killed has left, and do nothing else"
+    )
     return parser.parse_args()
 
 

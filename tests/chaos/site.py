@@ -154,6 +154,19 @@ class Site(Cluster):
         return lambda: _at_front(host, tls)
 
 
+def remove_left(token: str) -> None:
+    """Remove what a run named *token* has left that was killed itself: processes, namespaces, mounts, folders."""
+    left = Site(token=token)
+    for netns in sorted(Path("/run/netns").glob(f"sl{token}-*")):
+        name = netns.name.partition("-")[2]
+        if name != "hub":
+            host = Host(name, netns.name, "", left.base / name, Path(f"/tmp/c{token}{name}"))
+            left.hosts[name] = host
+            left.power_off(host)
+            left._mounts.append(host.data)
+    left.close()
+
+
 @dataclass(frozen=True)
 class Answer:
     status: int
