@@ -338,7 +338,8 @@ class Schedule:
             positions = {(m.position.seq, m.position.chain, m.place) for m in members}
             ready = any(m.is_ready and not m.proposer.in_flight for m in members)
             waiting = open_before & set(map(id, self.clients.open))
-            if members and not waiting and ready and (len(positions) == 1 or not self.clients.calm):
+            together = len(positions if self.clients.calm else {m.place for m in members}) == 1
+            if members and not waiting and ready and together:
                 return
             if self.clock.at > end:
                 state = [
