@@ -85,8 +85,7 @@ class Links:
             self._end(link, f"refused: {why}")
 
     def receive(self, wait_s: float) -> list[Event]:
-        now = time.monotonic()
-        self._keep(now)
+        self._dial_missing(time.monotonic())
         busy = self._events or any(link.has_more for link in self._links.values())
         for descriptor, event in self._poll.poll(0 if busy else wait_s):
             if descriptor == self.wake.descriptor:
@@ -99,6 +98,8 @@ class Links:
                 self._others[descriptor]()
         for link in [link for link in self._links.values() if link.has_more]:
             self._guarded(link, select.EPOLLIN)
+        # Only now: after a long turn of ours, what the others have said in it had to be read first.
+        self._end_silent(time.monotonic())
         events, self._events = self._events, []
         return events
 
@@ -115,13 +116,14 @@ class Links:
 
     # --- connections -------------------------------------------------------------------------------------------------
 
-    def _keep(self, now: float) -> None:
-        """Dial who is missing, end who is silent."""
+    def _end_silent(self, now: float) -> None:
         for link in list(self._links.values()):
             if not link.is_up and now - link.begun_at > BEGIN_S:
                 self._end(link, "no hello came")
             elif link.is_up and now - link.heard_at > IDLE_S:
                 self._end(link, f"silent for {IDLE_S} s")
+
+    def _dial_missing(self, now: float) -> None:
         dialling = {link.outgoing for link in self._links.values()}
         for peer, at in self._dial_at.items():
             if peer not in self._up and peer not in dialling and now >= at:

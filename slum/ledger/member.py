@@ -271,6 +271,8 @@ class Member:
         try:
             if not self._epoch.skip.take(data):
                 self._apply(data)
+                # Whoever has much to apply still lives, and says so.
+                self._peers.tick(self.position.seq)
         except Exception as error:  # noqa: BLE001 - PySyncObj would apply the entry again; step() raises it
             self._failure = error
 
