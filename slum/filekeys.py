@@ -227,7 +227,6 @@ SSH_HOST: Mapping[str, KeySpec] = {
 _TOKENS = _plain(text, "token_env", "secrets_ref")
 OPERATORS: Mapping[str, tuple[type[Any], Mapping[str, KeySpec]]] = {
     "local": (LocalOperator, _plain(text, "member")),
-    "join": (JoinOperator, {}),
     "ssh": (
         SshOperator,
         {
@@ -257,6 +256,7 @@ OPERATORS: Mapping[str, tuple[type[Any], Mapping[str, KeySpec]]] = {
             **_TOKENS,
         },
     ),
+    "join": (JoinOperator, {}),
 }
 
 TENEMENT: Mapping[str, KeySpec] = {

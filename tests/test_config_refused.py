@@ -57,8 +57,8 @@ AT = "tenement.here.service.web"
         ('listen = "http"', f'7: {AT}.listen: "http" is none of socket, fd, port, none'),
         ("restart = true", f"7: {AT}.restart: true is none of always, on-failure, never"),
         ('deploy = "rolling"', f'7: {AT}.deploy: "rolling" is none of overlap, replace'),
-        ("[operators.x]\ntype = 'aws'", '8: operators.x.type: "aws" is none of local, ssh, fly, hetzner'),
-        ("[operators.x]", "7: operators.x: needs `type`: one of local, ssh, fly, hetzner"),
+        ("[operators.x]\ntype = 'aws'", '8: operators.x.type: "aws" is none of local, ssh, fly, hetzner, join'),
+        ("[operators.x]", "7: operators.x: needs `type`: one of local, ssh, fly, hetzner, join"),
         # numbers
         ("memory_limit_mb = -1", f"7: {AT}.memory_limit_mb: -1 is not between 1 and 4194304"),
         ("memory_limit_mb = 0", f"7: {AT}.memory_limit_mb: 0 is not between 1 and 4194304"),
