@@ -19,8 +19,6 @@ from slum.ledger.client import change_members, connect, status
 from slum.ledger.commands import Done
 from slum.ledger.joiner import Join, prepare
 from slum.ledger.reader import Reader
-from slum.ledger.recover import recover
-from slum.ledger.refusal import Refusal
 
 pytestmark = pytest.mark.xdist_group("ledger_cluster")
 
@@ -220,12 +218,6 @@ async def test_a_ledger_of_one_gets_a_key_and_then_company(seed: int) -> None:
             reader = Reader(node.home.state)
             assert [event.why for event in reader.events(kind="instance_noted")] == ["before", "between", "after"]
             reader.close()
-
-
-async def test_one_of_several_is_not_recovered_alone(seed: int) -> None:
-    with Cluster() as cluster:
-        with pytest.raises(Refusal, match="one of 3 members"):
-            recover(cluster.nodes[0].home.state, actor="root@test", now=1.0)
 
 
 async def test_status_tells_who_is_there_and_how_far(seed: int) -> None:
