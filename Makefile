@@ -2,7 +2,7 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: help quickstart venv dev check test simulate simulate-mutations chaos chaos-all test-members cluster cluster-down bench backup-demo clean ssh-hosts ssh-hosts-down test-ssh
+.PHONY: help quickstart venv dev check test simulate simulate-mutations chaos chaos-all test-members cluster cluster-down bench backup-demo clean ssh-hosts ssh-hosts-down test-ssh test-long
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
@@ -28,7 +28,10 @@ check: $(VENV)/.dev  ## format, lint, types
 	$(VENV)/bin/mypy
 
 test: $(VENV)/.dev  ## all tests, against real parts
-	$(VENV)/bin/pytest -n auto --dist loadgroup $(PYTEST_ARGS)
+	$(VENV)/bin/pytest -n auto --dist loadgroup -m "not long" $(PYTEST_ARGS)
+
+test-long: $(VENV)/.dev  ## the tests that take minutes: whole paths with many real hosts and members
+	$(VENV)/bin/pytest -m long $(PYTEST_ARGS)
 
 simulate: $(VENV)/.dev  ## the ledger under a simulated network, disk and clock: N=schedules SEED=first
 	$(PY) -m tests.simulation --count $(or $(N),1000) --seed $(or $(SEED),1)

@@ -13,7 +13,7 @@ import pytest
 import ssh_hosts
 from e2e_site import REPOSITORY, Site, free_port
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.root, pytest.mark.long, pytest.mark.timeout(400)]
 FLEET = """
 [operators.vps]
 type = "ssh"
