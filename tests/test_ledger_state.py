@@ -302,6 +302,25 @@ def test_among_several_only_a_seal_is_synced_at_once(tmp_path: Path) -> None:
         assert levels == [full, normal, full, normal]
 
 
+def test_what_is_held_is_committed_together_and_by_a_seal(tmp_path: Path) -> None:
+    (tmp_path / "CURRENT").write_text("state.db\n")
+    with scribe(tmp_path) as s:
+        reader = Reader(tmp_path)
+        begun = s.state.position.seq
+        s.state.hold()
+        s.apply(note())
+        s.apply(note())
+        assert (s.state.position.seq, reader.cluster().seq) == (begun + 2, begun)
+        s.state.commit()
+        assert reader.cluster().seq == begun + 2
+        s.state.hold()
+        s.apply(note())
+        s.apply(Seal(members=s.state.position.members))
+        assert reader.cluster().seq == begun + 4, "the next epoch's journal hangs on it"
+        s.state.commit()
+        reader.close()
+
+
 @pytest.mark.parametrize("members", [(), (Member(id="a", incarnation="1"), Member(id="a", incarnation="2"))])
 def test_an_epoch_needs_members(tmp_path: Path, members: tuple[Member, ...]) -> None:
     with scribe(tmp_path) as s:

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from slum.errors import InvariantError
-from slum.ledger import journal
+from slum.ledger import group, journal
 from slum.ledger.election import Election
 from slum.ledger.frames import JournalId
 from slum.ledger.group import Group, Timing
@@ -190,19 +190,19 @@ def test_a_leaders_entries_travel_while_they_are_written(bench: Bench) -> None:
 
 def test_what_is_committed_is_told_with_new_entries_or_a_little_later(bench: Bench) -> None:
     bench.lead()
-    group, term = bench.group, bench.group.term
+    one, term = bench.group, bench.group.term
     bench.journal.sync()
-    group.tick()
+    one.tick()
     for peer in ("m2", "m3"):
         bench.wire.take(peer, NextIndex(place=PLACE, term=term, next=3, reset=False, success=True))
     bench.posted.clear()
-    group.tick()
-    assert group.commit == 2
+    one.tick()
+    assert one.commit == 2
     assert not bench.posted
-    assert group.tell_at < time.monotonic() + 1
-    group.tell(at_once=True)
+    assert one.tell_at < time.monotonic() + 1
+    one.tell(at_once=True)
     assert [message.commit for _, message in bench.posted if isinstance(message, Append)] == [2] * 4
-    assert group.tell_at == math.inf
+    assert one.tell_at == math.inf
 
 
 def test_who_loses_its_leader_asks_when_it_is_its_turn(bench: Bench) -> None:
@@ -232,6 +232,20 @@ def test_a_tail_is_committed_and_answered_to_nobody(bench: Bench) -> None:
     bench.group.tick()
     assert bench.posted == []
     assert bench.applied == [b"x", b"x"]
+
+
+def test_a_long_backlog_is_applied_in_turns(bench: Bench) -> None:
+    count = group.TURN_ENTRIES + 3
+    entries = tuple(entry(2 + n, 1) for n in range(count))
+    bench.wire.feed("m3", Tail(place=PLACE, prev_index=1, prev_term=0, entries=entries))
+    bench.journal.sync()
+    bench.group.tick()
+    # The first entry is PySyncObj's own.
+    assert len(bench.applied) in (group.TURN_ENTRIES - 1, group.TURN_ENTRIES)
+    assert bench.group.commit == count + 1, "what is known to be committed is not forgotten"
+    bench.group.tick()
+    assert len(bench.applied) == count
+    assert bench.group.backlog == 0
 
 
 def test_who_is_not_up_is_not_heard(bench: Bench) -> None:

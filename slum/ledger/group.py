@@ -30,6 +30,8 @@ FOLLOWER = 0
 """PySyncObj's state of a member that follows."""
 COMMIT_S = 0.004
 """So long the news that entries are committed waits for new entries to ride with."""
+TURN_ENTRIES = 256
+"""So many are applied in one tick, so that who is far behind still looks at what else there is."""
 REGULAR = 0
 """PySyncObj's tag of a command that is applied; entries of other types never reach on_entry."""
 
@@ -251,12 +253,17 @@ class Group(SyncObj):  # type: ignore[misc]  # PySyncObj has no types
     def tick(self, *, stand: bool = False) -> None:
         """Do what is due, send what is new in the log, and stand for election only when told to. Never waits.
 
+        Of a long backlog it applies TURN_ENTRIES.
+
         PySyncObj, told not to batch, sends after every commit and after every command. We send once for both.
         """
         self._SyncObj__raftElectionDeadline = 0.0 if stand else math.inf
         before = self._SyncObj__newAppendEntriesTime
         end, commit = len(self._log), self.commit
+        if self.backlog > TURN_ENTRIES:
+            self._SyncObj__raftCommitIndex = commit - self.backlog + TURN_ENTRIES
         self.doTick(0.0)
+        self._SyncObj__raftCommitIndex = max(commit, self.commit)
         if not self.leads:
             self._told, self._tell_at = (0, 0), math.inf
             return
@@ -266,6 +273,11 @@ class Group(SyncObj):  # type: ignore[misc]  # PySyncObj has no types
             self._tell()
         elif self.commit > max(commit, self._told[1]):
             self._tell_at = min(self._tell_at, _now() + COMMIT_S)
+
+    @property
+    def backlog(self) -> int:
+        """How many entries are known to be committed and not applied yet."""
+        return self.commit - int(self.raftLastApplied)
 
     @property
     def beats_at(self) -> float:

@@ -213,7 +213,13 @@ class Member:
             self._peers.tick(self.position.seq)
             self._follow()
             self._catch_up.tick()
+        behind = self._epoch.group.backlog > 1
+        if behind:
+            # Who has many to apply commits them together.
+            self.state.hold()
         self._epoch.tick(yields=yields)
+        if behind and self._failure is None:
+            self.state.commit()
 
     @property
     def _has_company(self) -> bool:
@@ -229,7 +235,7 @@ class Member:
     def _patience(self, wait_s: float) -> float:
         epoch = self._epoch
         stands = epoch.is_about_to_stand and not self._watch.own_clock_is_wrong
-        if epoch.journal.dirty or stands or self._offers.has_more:
+        if epoch.journal.dirty or stands or self._offers.has_more or epoch.group.backlog > 0:
             return 0.0
         if not self._has_company:
             return wait_s

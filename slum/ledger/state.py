@@ -64,6 +64,7 @@ class State:
         self._path = path
         self._results_kept = results_kept
         self._syncs_all = True
+        self._holds = False
         self.position = schema.read_position(db, str(path))
 
     @classmethod
@@ -105,6 +106,19 @@ class State:
         """
         self._syncs_all = wanted
         self._set_sync(wanted)
+
+    def hold(self) -> None:
+        """From now on apply() leaves what it did in one open transaction, until commit(), or until a Seal is applied."""
+        self._holds = True
+
+    def commit(self) -> None:
+        """Commit what was held."""
+        self._holds = False
+        if self._db.in_transaction:
+            try:
+                self._db.execute("COMMIT")
+            except sqlite3.Error as error:
+                raise self._failed(error) from error
 
     def _set_sync(self, full: bool) -> None:
         self._db.execute(f"PRAGMA synchronous={'FULL' if full else 'NORMAL'}").close()
@@ -148,23 +162,30 @@ class State:
         """Apply one entry and commit. *before_commit* runs inside the transaction, when all is known but not durable."""
         entry = _entry(data, self.position.seq + 1)
         db = self._db
+        seals = _may_seal(entry)
         try:
-            if not self._syncs_all and _may_seal(entry):
+            if seals:
+                self.commit()
                 self._set_sync(True)
-            db.execute("BEGIN IMMEDIATE")
+            if not db.in_transaction:
+                db.execute("BEGIN IMMEDIATE")
             applied = self._apply(entry, data)
             if before_commit is not None:
                 before_commit(applied)
-            db.execute("COMMIT")
-            if not self._syncs_all and _may_seal(entry):
-                self._set_sync(False)
+            if not self._holds:
+                db.execute("COMMIT")
+            if seals:
+                self._set_sync(self._syncs_all)
         except sqlite3.Error as error:
-            raise StateFailed(
-                f"{self._path}: {error} while applying entry {self.position.seq + 1}",
-                hint="free space on its disk or replace it, then start again; nothing acknowledged is lost",
-            ) from error
+            raise self._failed(error) from error
         self.position = applied.position
         return applied
+
+    def _failed(self, error: sqlite3.Error) -> StateFailed:
+        return StateFailed(
+            f"{self._path}: {error} while applying entry {self.position.seq + 1}",
+            hint="free space on its disk or replace it, then start again; nothing acknowledged is lost",
+        )
 
     def apply_within(self, data: bytes) -> Applied:
         """Apply one entry inside the transaction of the caller, who sets *position* when it is committed."""
