@@ -14,8 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNT = 25
-QUICK = ("sync-alone", "sync-before-send", "one-vote", "stale-headers", "overlap", "pre-vote")
-"""Those that are noticed within some dozen schedules."""
+QUICK = ("sync-alone", "stale-headers", "overlap", "pre-vote")
+"""Those that are noticed within two dozen schedules."""
 
 
 def simulate(*options: str) -> subprocess.CompletedProcess[str]:
