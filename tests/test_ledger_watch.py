@@ -61,7 +61,7 @@ CUT = """\
     answers = []
     made.clients.calm = True
     cut.member.proposer.submit(Proposal(command=Barrier(), request_id="", actor="t"), answers.append, seq=1)
-    made.go_on(0.2)
+    made.go_on(2.5)
     assert isinstance(answers[0], QuorumLost) and "has heard no leader" in answers[0].message, answers
 """
 
