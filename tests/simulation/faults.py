@@ -16,7 +16,7 @@ from simulation.witness import Witness
 from slum.ledger import frames, group, journal
 from slum.ledger.state import Applied, State
 
-POINTS = ("sync", "make", "apply", "seal", "close")
+POINTS = ("sync", "sync", "sync", "make", "apply", "seal")
 
 
 class Crash(BaseException):

@@ -60,20 +60,20 @@ def _own_end() -> None:
 
 
 def _unsynced_alone() -> None:
-    step = Member.step
+    work = Member.work
 
-    def unsynced(self: Member, wait_s: float) -> None:
+    def unsynced(self: Member) -> None:
         log = self.epoch.journal
         if self.epoch.wire is None:
             # One tick late: after what it made durable was counted, applied and answered.
             log.sync()
             log.sync = lambda: None  # type: ignore[method-assign]
         try:
-            step(self, wait_s)
+            work(self)
         finally:
             log.__dict__.pop("sync", None)
 
-    _replace(Member, "step", unsynced)
+    _replace(Member, "work", unsynced)
 
 
 def _unsynced_send() -> None:

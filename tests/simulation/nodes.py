@@ -48,6 +48,8 @@ class Node:
     next_at: float = 0.0
     up_at: float = 0.0
     paused_until: float = 0.0
+    halfway: bool = False
+    """Has taken in what came, and not worked on it yet."""
     runs: int = 0
 
     @property
@@ -145,7 +147,15 @@ class Nodes:
         assert member is not None
         self.faults.moved = self.faults.full = False
         try:
-            member.step(0.0)
+            if not node.halfway:
+                member.take(0.0)
+                node.halfway = bool(self.stalls) and self.chance.random() < self.stalls
+                if node.halfway:
+                    # Answers are on their way; the machine has something else to do before it goes on.
+                    node.paused_until = self.clock.at + STALL_S * self.chance.random()
+                    return
+            node.halfway = False
+            member.work()
         except Crash:
             self.crash(node)
             return
@@ -159,9 +169,6 @@ class Nodes:
             return
         # What it has just taken in is worked on soon; else the next tick is.
         node.next_at = self.clock.at + (SOON_S if self.faults.moved else TICK_S)
-        if self.stalls and self.chance.random() < self.stalls:
-            # The machine has something else to do, at the worst of moments.
-            node.paused_until = self.clock.at + STALL_S * self.chance.random()
         self.witness.look(node.name, member, self.clock.at)
         for take, answer in member.proposer.release():
             take(answer)
@@ -181,6 +188,7 @@ class Nodes:
 
     def start(self, node: Node) -> None:
         wanted = pending(node.home)
+        self._cut_off(node)
         node.net = SimNet(self.switch, node.name)
         node.next_at = self.clock.at
         if wanted is not None:
@@ -212,7 +220,8 @@ class Nodes:
         self.say(node, "crash", {"at": self.faults.last})
         torn = torn_write(member.epoch.journal, self.chance)
         left = power.cut_off(member.state, self.chance)
-        self.end(node)
+        # What it has sent is on its way all the same; the others notice at once, or a little later.
+        self.end(node, at_once=self.chance.random() < 0.3)
         if left[0].exists():
             power.leave(left)
         if torn is not None:
@@ -220,13 +229,14 @@ class Nodes:
                 file.seek(torn[1])
                 file.write(torn[2])
 
-    def end(self, node: Node) -> None:
+    def end(self, node: Node, *, at_once: bool = True) -> None:
         """The process is gone; the keeper starts it again after a while."""
-        self.stop(node)
+        self.stop(node, at_once=at_once)
         node.up_at = self.clock.at + self.chance.choice([0.05, 0.5, 3.0])
 
-    def stop(self, node: Node) -> None:
+    def stop(self, node: Node, *, at_once: bool = True) -> None:
         self.witness.forget(node.name)
+        node.halfway = False
         stack, joiner, net = node.stack, node.joiner, node.net
         node.stack = node.member = node.net = node.joiner = None
         if stack is not None:
@@ -235,6 +245,10 @@ class Nodes:
             joiner.close()
         if net is not None:
             net.close()
+        if at_once:
+            self._cut_off(node)
+
+    def _cut_off(self, node: Node) -> None:
         for other in self.all:
             if other != node.name:
                 self.switch.break_(node.name, other)

@@ -94,7 +94,9 @@ class Switch:
         way.last_at = max(way.last_at, self.clock.at + takes_s)
         frame = pack(message)
         way.queue.append((way.last_at, frame))
-        net = self.nets[to]
+        net = self.nets.get(to)
+        if net is None:
+            return
         if not way.blocked:
             net.arrival = min(net.arrival, way.queue[0][0])
         if self.strays and isinstance(message, STRAYS) and self.chance.random() < self.strays:
