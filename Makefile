@@ -27,8 +27,8 @@ check: $(VENV)/.dev  ## format, lint, types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
-test: $(VENV)/.dev  ## all tests, against real parts
-	$(VENV)/bin/pytest -n auto --dist loadgroup -m "not long" $(PYTEST_ARGS)
+test: $(VENV)/.dev  ## all tests, against real parts; most of them wait more than they work: WORKERS=3
+	$(VENV)/bin/pytest -n $(or $(WORKERS),3) --dist loadgroup -m "not long" $(PYTEST_ARGS)
 
 test-long: $(VENV)/.dev  ## the tests that take minutes: whole paths with many real hosts and members
 	$(VENV)/bin/pytest -m long $(PYTEST_ARGS)

@@ -222,6 +222,7 @@ async def test_a_store_that_is_away_stops_no_write_raises_an_alarm_and_is_caught
         assert whys(made.restored(tmp_path / "out").path)[-4:] == [f"n.{n}" for n in range(4)]
 
 
+@pytest.mark.long
 async def test_what_waits_is_bounded_and_a_new_claim_begins_when_it_was_not(s3: S3, tmp_path: Path) -> None:
     with site(s3_settings(s3, tmp_path, verify_hours=0, backlog_mb=1)) as made:
         await made.ledger.up()

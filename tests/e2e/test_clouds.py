@@ -202,6 +202,7 @@ def test_a_machine_is_made_joins_serves_is_drained_and_goes(cloud: Cloud) -> Non
     assert cloud.hall.booted == {}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cloud", ["hetzner"], indirect=True)
 def test_a_machine_that_was_deleted_by_hand_shows_as_drift_and_is_made_again(cloud: Cloud) -> None:
     site = cloud.site

@@ -5,6 +5,7 @@ The tests of this file share one control plane and run in their order; each leav
 
 from __future__ import annotations
 
+import pytest
 from members_support import (
     ALL_HEALTHY,
     MARKS,
@@ -108,6 +109,7 @@ def test_what_is_no_member_token_lets_nobody_in(cluster: Cluster) -> None:
     assert {row["id"] for row in cluster.view(at)["members"]} == set(cluster.members)
 
 
+@pytest.mark.long
 def test_one_that_is_lost_is_replaced_and_another_leaves(cluster: Cluster) -> None:
     lost = cluster.hosts["m3"]
     cluster.power_off(lost)
