@@ -62,7 +62,7 @@ ssh-hosts: $(VENV)/.dev  ## hosts with sshd in namespaces of this machine, N=5 o
 	@$(PY) tests/ssh_hosts.py up $(or $(N),5) --systemd $(or $(SYSTEMD),0)
 
 test-ssh: $(VENV)/.dev  ## the ssh operator for longer: a bootstrap killed at 40 random moments, the whole path with real hosts
-	SLUM_SSH_ROUNDS=40 $(VENV)/bin/pytest tests/test_ssh.py tests/e2e/test_ssh.py $(PYTEST_ARGS)
+	SLUM_SSH_ROUNDS=40 $(VENV)/bin/pytest tests/test_ssh.py tests/e2e/test_hosts.py $(PYTEST_ARGS)
 
 ssh-hosts-down:  ## remove them
 	@$(PY) tests/ssh_hosts.py down
