@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
 from fakes.front import FakeFleet
 from fakes.member import Member
 
@@ -152,6 +153,7 @@ async def test_what_is_refused_for_good_is_dialled_again_only_much_later(tmp_pat
     await member.stop()
 
 
+@pytest.mark.long
 async def test_a_member_that_finds_the_certificate_expired_has_it_renewed(tmp_path: Path) -> None:
     """By the TLS alert of that name, as OpenSSL and Go send it."""
     fleet = FakeFleet()
