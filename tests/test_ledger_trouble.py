@@ -262,5 +262,6 @@ async def test_hostile_bytes_change_nothing(seed: int, tmp_path: Path) -> None:
         assert (after.leader, after.epoch, after.term) == (before.leader, before.epoch, before.term)
         grown = [memory_kb(node) - kb for node, kb in zip(cluster.nodes, was_kb, strict=True)]
         assert max(grown) < 20_000, grown
+        await cluster.agreed()
         cluster.terminate()
         cluster.check(writers)

@@ -70,7 +70,7 @@ class Member:
         self._history: Mapping[Place, str] = state.history()
         opened_journal, skip = replay.open_epoch(home, state, config.epoch_bytes, note)
         folder.remove_old_journals(home, state.epochs(2))
-        self._rows = Rows(home, world.apart)
+        self._rows = Rows(home, world.apart, world.rest)
         self._peers = Peers(self._net, self, rows=self._rows, clock=world.clock, now=world.now, note=note)
         self._former = {row.id: row for row in fence.former(home)}
         self._guests: dict[str, MemberRow] = self._former

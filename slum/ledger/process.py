@@ -43,6 +43,8 @@ WARNINGS = frozenset(
     }
 )
 JOIN_WAIT_S = 0.1
+SWITCH_S = 0.0005
+"""So long a thread beside the ledger's (a hash of all rows, a copy) keeps the interpreter when the ledger's wants it."""
 OPTIONS = "SLUM_LEDGER_OPTIONS"
 """In the environment: options for when to seal, before those of the command line (tests have small epochs by it)."""
 DISK_HINT = "look at its disk, then start again; nothing acknowledged is lost"
@@ -52,6 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run until SIGTERM or a failure; return the exit status."""
     home, config = _parse(arguments)
     os.umask(0o077)
+    sys.setswitchinterval(SWITCH_S)
     logger = log.start("ledger")
     try:
         me = identity.load(home.state)

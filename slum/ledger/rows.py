@@ -9,6 +9,7 @@ the newest hash in a file, because the state that it is of is gone after a resta
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from contextlib import closing
@@ -22,6 +23,12 @@ from slum.ledger import schema
 from slum.ledger.peerwire import Place
 
 FILE = "rows.json"
+REST_S = 0.005
+"""After every few rows: at a Seal all members hash at once, while all of them have an election to hold."""
+
+
+class _Superseded(Exception):
+    """Another epoch has begun; this hash is of no use any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +61,13 @@ def compare(mine: RowsAt | None, theirs: Mapping[str, RowsAt], members: Collecti
 class Rows:
     """Of one member. begin() at each epoch's beginning; *mine* appears some time later."""
 
-    def __init__(self, home: Path, apart: Callable[[Callable[[], None]], None]) -> None:
+    def __init__(
+        self, home: Path, apart: Callable[[Callable[[], None]], None], rest: Callable[[float], None] = time.sleep
+    ) -> None:
+        """*apart* runs the hashing beside the caller, which *rest* interrupts for some seconds."""
         self._home = home
         self._apart = apart
+        self._rest = rest
         self._wanted: Place = (0, 0)
         self._mine = _read(home)
         self.theirs: dict[str, RowsAt] = {}
@@ -86,8 +97,16 @@ class Rows:
         return compare(self._mine, self.theirs, members)
 
     def _hash(self, place: Place, db: sqlite3.Connection) -> None:
+        def rest() -> None:
+            if place != self._wanted:
+                raise _Superseded
+            self._rest(REST_S)
+
         with closing(db):
-            found = RowsAt(place=place, hash=schema.row_hash(db))
+            try:
+                found = RowsAt(place=place, hash=schema.row_hash(db, rest))
+            except _Superseded:
+                return
         if place == self._wanted:
             fresh = self._home / (FILE + ".new")
             fresh.write_bytes(msgspec.json.encode(found))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -212,8 +213,10 @@ def last_epochs(db: sqlite3.Connection, count: int) -> tuple[EpochRow, ...]:
     return tuple(EpochRow(**dict(zip(EpochRow.__struct_fields__, row, strict=True))) for row in rows)
 
 
-def row_hash(db: sqlite3.Connection) -> str:
+def row_hash(db: sqlite3.Connection, rest: Callable[[], None] = lambda: None) -> str:
     """Return one hash over every row of every table, in primary key order; equal on all members.
+
+    *rest* is called after every HASHED_ROWS rows, by whom it shall not keep from other work.
 
     SQLite's own tables are left out, and those that begin with "_": a backup keeps things of its own in its copy.
     """
@@ -229,4 +232,5 @@ def row_hash(db: sqlite3.Connection) -> str:
         # Some at a time: beside a thread that must not wait long for the interpreter.
         while some := rows.fetchmany(HASHED_ROWS):
             digest.update(msgspec.msgpack.encode(some))
+            rest()
     return digest.hexdigest()

@@ -38,6 +38,8 @@ class World:
     chance: random.Random
     apart: Callable[[Callable[[], None]], None]
     """Runs something slow beside the ledger's thread."""
+    rest: Callable[[float], None] = time.sleep
+    """What such work does now and then, for some seconds."""
 
 
 def real_world(net: Net, now: Callable[[], float] = time.time) -> World:

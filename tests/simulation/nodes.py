@@ -203,6 +203,7 @@ class Nodes:
             now=lambda: 1_700_000_000.0 + self.clock.at + node.clock_off_s,
             chance=self.chance,
             apart=lambda work: work(),
+            rest=lambda _: None,
         )
         node.stack = ExitStack()
         node.member = node.stack.enter_context(
