@@ -92,10 +92,12 @@ class WebSocket:
             self._open = False
         self._writer.close()
         try:
-            async with asyncio.timeout(CLOSE_S):
+            async with asyncio.timeout(CLOSE_S) as limit:
                 await self._writer.wait_closed()
-        except (OSError, TimeoutError):
-            self._writer.transport.abort()
+        except OSError:
+            # What was lost is closed already: Python 3.11.2 fails when it is closed and then aborted.
+            if limit.expired():
+                self._writer.transport.abort()
 
     async def _upgrade(self, target: str) -> None:
         self._writer.write(self._protocol.send(Request(host=NAME, target=target)))
