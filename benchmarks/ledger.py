@@ -61,7 +61,7 @@ def slum_cluster(entries: int = DEFAULT.epoch_entries) -> Cluster:
 
 def slum_load(socket: Path, clients: int, seconds: float) -> dict[str, float]:
     argv = [sys.executable, str(HERE / "ledger_load.py"), str(socket), f"--clients={clients}", f"--seconds={seconds}"]
-    found: dict[str, float] = json.loads(subprocess.run(argv, check=True, capture_output=True).stdout)
+    found: dict[str, float] = json.loads(subprocess.run(argv, check=True, stdout=subprocess.PIPE).stdout)
     return found
 
 

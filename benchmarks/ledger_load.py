@@ -19,7 +19,7 @@ from pathlib import Path
 from etcd_peer import percentiles
 
 from slum.ledger import rpc
-from slum.ledger.commands import Done, NoteEvent, Proposal, Record, new_request_id
+from slum.ledger.commands import Done, NoteEvent, Proposal, Record, Rejected
 
 TEXT = "v" * 100
 STREAMS = 16
@@ -30,7 +30,12 @@ PAUSE_S = 0.01
 
 def proposal() -> Proposal:
     event = NoteEvent(kind="instance_noted", subject="instance:here/web/main", at=1.0, why=TEXT)
-    return Proposal(command=Record(events=(event,)), request_id=new_request_id(os.urandom(16).hex(), 0), actor="bench")
+    return Proposal(command=Record(events=(event,)), request_id=_request_id(os.urandom(16).hex(), 0), actor="bench")
+
+
+def _request_id(random_hex: str, seen_seq: int) -> str:
+    """As new_request_id(), but always of one length."""
+    return f"{random_hex}:{seen_seq:010d}"
 
 
 class Line:
@@ -43,6 +48,7 @@ class Line:
         self.began = [0.0] * streams
         self.took: list[float] = []
         self.refused = 0
+        self._seen = 0
         self._splitter = rpc.Splitter()
         made = proposal()
         self._before, self._middle, self._after = _template(made)
@@ -50,11 +56,11 @@ class Line:
     def write(self, clients: list[int]) -> None:
         """Let *clients* write something new."""
         ids, now = os.urandom(16 * len(clients)).hex(), time.perf_counter()
-        calls = []
+        calls, after = [], b":%010d" % self._seen + self._after
         for place, client in enumerate(clients):
             self.began[client] = now
             fresh = ids[32 * place : 32 * place + 32].encode()
-            calls.append(self._before + client.to_bytes(4, "big") + self._middle + fresh + self._after)
+            calls.append(self._before + client.to_bytes(4, "big") + self._middle + fresh + after)
         self.sock.sendall(b"".join(calls))
 
     def read(self) -> list[int]:
@@ -66,6 +72,8 @@ class Line:
         for frame in self._splitter.feed(data):
             reply = rpc.unpack_reply(frame)
             answered.append(reply.id)
+            if isinstance(reply.result, Done | Rejected):
+                self._seen = reply.result.seq
             if isinstance(reply.result, Done):
                 self.took.append(now - self.began[reply.id])
             else:
@@ -74,10 +82,10 @@ class Line:
 
 
 def _template(made: Proposal) -> tuple[bytes, bytes, bytes]:
-    """Return a call's bytes before its number (four bytes), up to the random part of its request id, and after that."""
+    """Return a call's bytes before its number (four bytes), up to its request id, and after that."""
     frame = rpc.pack(rpc.Call(id=NUMBER, operation=rpc.Propose(proposal=made)))
     before, middle = frame.split(b"\xce" + NUMBER.to_bytes(4, "big"))
-    middle, after = middle.split(made.request_id[:32].encode())
+    middle, after = middle.split(made.request_id.encode())
     return before + b"\xce", middle, after
 
 

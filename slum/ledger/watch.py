@@ -12,7 +12,7 @@ from slum.ledger import clocks, disk, fence
 from slum.ledger.beginning import Note
 from slum.ledger.commands import Member, NoteEvent
 from slum.ledger.peers import Peers
-from slum.ledger.refusal import REJOIN
+from slum.ledger.refusal import REJOIN, Refusal
 from slum.ledger.rows import Differ, Rows
 from slum.ledger.status import Alarm
 
@@ -32,6 +32,7 @@ class Watch:
         self._next_clocks = 0.0
         self._rows = rows
         self._rows_differ: Differ | None = None
+        self._refusal: Refusal | None = None
         self._wrong: dict[str, float] = {}
         self._differ: dict[str, float] = {}
         self._told: frozenset[str] = frozenset()
@@ -55,6 +56,8 @@ class Watch:
             self._look_at_rows({row.id for row in members})
 
     def _look_at_rows(self, members: Collection[str]) -> None:
+        if self._refusal is not None:
+            raise self._refusal
         was, self._rows_differ = self._rows_differ, self._rows.differ(members)
         differ = self._rows_differ
         if differ is None or differ == was:
@@ -62,7 +65,8 @@ class Watch:
         self._note("rows_differ", peers=differ.peers)
         if differ.certain and self._me in members:
             at = self._rows.mine.place[1] if self._rows.mine is not None else 0
-            raise fence.refuse_for_good(
+            # Raised at the next look: until then the others hear which rows these are.
+            self._refusal = fence.refuse_for_good(
                 self._guard.folder,
                 f"the rows of {self._me}'s state.db were not those of {', '.join(differ.peers)} at the beginning of epoch {at}: "
                 "this member serves no more",
