@@ -70,6 +70,7 @@ class Cluster:
     count: int = 3
     epoch_entries: int = 50
     epoch_bytes: int = SMALL_BYTES
+    upgrade_s: float = 3600.0
     removes: bool = True
     """The folder goes at the end; else it is its owner's business."""
     base: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="sl", dir="/tmp")))
@@ -111,6 +112,8 @@ class Cluster:
                 str(self.epoch_bytes),
                 "--epoch-entries",
                 str(self.epoch_entries),
+                "--upgrade-s",
+                str(self.upgrade_s),
             ]
             folders = ["--data-dir", str(node.home.data), "--run-dir", str(node.home.run)]
             with node.log.open("ab") as log:

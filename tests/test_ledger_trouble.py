@@ -23,7 +23,7 @@ from slum.errors import Conflict, QuorumLost, Unreachable
 from slum.ledger import identity
 from slum.ledger.beginning import Beginning, begin
 from slum.ledger.client import connect, status
-from slum.ledger.commands import Done, SetProtocol
+from slum.ledger.commands import PROTOCOL, Done, SetProtocol
 from slum.ledger.peerwire import Ping, pack
 
 pytestmark = pytest.mark.xdist_group("ledger_cluster")
@@ -141,6 +141,8 @@ async def test_members_with_certificates_of_long_ago_elect_a_leader(seed: int) -
 
 # --- two versions -----------------------------------------------------------------------------------------------------
 
+NEWER = PROTOCOL + 1
+
 
 async def set_protocol(cluster: Cluster, version: int) -> Done:
     while True:
@@ -153,7 +155,8 @@ async def set_protocol(cluster: Cluster, version: int) -> Done:
 
 
 async def test_two_versions_side_by_side_and_back(seed: int) -> None:
-    with Cluster() as cluster:
+    """The protocol is raised by itself, but not while one member lacks it: until then each can go back."""
+    with Cluster(upgrade_s=0.5) as cluster:
         cluster.start()
         await cluster.leader()
         one, two, three = cluster.nodes
@@ -166,26 +169,27 @@ async def test_two_versions_side_by_side_and_back(seed: int) -> None:
 
         async with under_load(cluster, seed, count=2) as writers:
             for node in (one, two):
-                await restart(node, 2)
+                await restart(node, NEWER)
                 await more(writers, 20)
             with pytest.raises(Conflict, match="not known to be spoken by m3"):
-                await set_protocol(cluster, 2)
-            await restart(one, 1)
+                await set_protocol(cluster, NEWER)
+            await restart(one, PROTOCOL)
             await more(writers, 20)
             for node in (one, three):
-                await restart(node, 2)
-            await set_protocol(cluster, 2)
+                assert cluster.position(two).protocol == PROTOCOL
+                await restart(node, NEWER)
+            await until(lambda: cluster.position(two).protocol == NEWER)
             await more(writers, 20)
             # An old one does not start any more, and says what to install.
             cluster.kill(one)
-            one.protocol = 1
+            one.protocol = PROTOCOL
             cluster.start(one)
             await until(lambda: not one.runs)
             assert "install the version" in one.log.read_text().splitlines()[-1]
-            await restart(one, 2)
+            await restart(one, NEWER)
             await more(writers, 20)
         await cluster.agreed()
-        assert (await status(one.home.ledger_socket)).protocol == 2
+        assert (await status(one.home.ledger_socket)).protocol == NEWER
         cluster.terminate()
         cluster.check(writers)
 

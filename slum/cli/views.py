@@ -142,11 +142,28 @@ def cluster_lines(view: api.ClusterView, paint: Paint) -> list[str]:
     if not view.majority:
         why = f"{view.member} reaches no majority: nothing can be changed from here"
         lines.append(f"{paint(why, 'bad')}; what it shows is {seconds(view.age_s)} old or older")
+    lines += _versions(view)
     for alarm in view.alarms:
         lines.append(f"{paint(alarm.kind, 'bad')} {alarm.member}: {clean(alarm.why)}")
         if alarm.hint:
             lines.append(f"  next: {clean(alarm.hint)}")
     return lines
+
+
+def _versions(view: api.ClusterView) -> list[str]:
+    """Say how far an upgrade is, while some member speaks a newer protocol of the ledger than the one in force."""
+    spoken = {member.id: member.protocol or 0 for member in view.members if member.role != "learner"}
+    if max(spoken.values(), default=0) <= view.protocol:
+        return []
+    older = sorted(name for name, protocol in spoken.items() if protocol <= view.protocol)
+    if older:
+        return [
+            f"protocol {view.protocol} is in force until {', '.join(older)} can speak a newer one, as others do already"
+        ]
+    newest = min(spoken.values())
+    return [
+        f"protocol {view.protocol} is in force; all speak {newest}, which comes into force when they have for an hour"
+    ]
 
 
 def event_lines(events: Sequence[api.Event], now: float, paint: Paint) -> list[str]:

@@ -184,6 +184,7 @@ class Member:
         self._watch.look(self.position.members)
         if self._offers.is_ready:
             self._offers.note(self._watch.news(self._world.now()))
+        self._offers.upgrade()
         self._relays.tell()
         if self._offers.settled():
             self._note("no_longer_a_member", member=self._me.id)

@@ -91,6 +91,8 @@ class Offers:
         self._config = config
         self._world = world
         self._settling = self._leaves = False
+        self._newer_since: float | None = None
+        """When this leader first saw all members speak a newer protocol."""
         self.begin_epoch()
 
     def begin_epoch(self) -> None:
@@ -162,14 +164,27 @@ class Offers:
 
     def note(self, events: tuple[NoteEvent, ...]) -> None:
         """Queue a record of *events*, which this leader has seen itself; nobody waits for the answer."""
-        if not events:
-            return
+        if events:
+            self._queue(Record(events=events))
+
+    def upgrade(self) -> None:
+        """Raise the protocol once all members have been there and spoken a newer one for a while; until then each can go back."""
+        now, standing = self._world.clock(), self._member.position.protocol
+        newest = min(found or 0 for found in self._spoken().values()) if standing < PROTOCOL and self.is_ready else 0
+        if newest <= standing:
+            self._newer_since = None
+        elif self._newer_since is None:
+            self._newer_since = now
+        elif now - self._newer_since >= self._config.upgrade_s:
+            self._newer_since = None
+            self._queue(SetProtocol(version=newest))
+
+    def _queue(self, command: Record | SetProtocol) -> None:
         seq = self._member.position.seq
         request_id = new_request_id(f"{self._world.chance.getrandbits(128):032x}", seq)
-        actor = f"ledger@{self._member.epoch.me}"
-        made = Proposal(command=Record(events=events), request_id=request_id, actor=actor)
+        made = Proposal(command=command, request_id=request_id, actor=f"ledger@{self._member.epoch.me}")
         with contextlib.suppress(QuorumLost):
-            # A full queue: status() shows it all the same.
+            # A full queue: status() shows it all the same, and what is still so is proposed again.
             self._proposer.submit(made, lambda _: None, seq=seq)
 
     def append(self, proposals: tuple[Proposal, ...]) -> None:
@@ -243,12 +258,15 @@ class Offers:
 
     def _refuse_protocol(self, version: int) -> SlumError | None:
         """A member that cannot follow would end at the entry: all must be there and know the protocol."""
-        spoken = {row.id: self._peers.sight(row.id).protocol for row in self._member.position.members}
-        spoken[self._member.epoch.me] = PROTOCOL
-        late = [name for name, found in sorted(spoken.items()) if found is None or found < version]
+        late = [name for name, found in sorted(self._spoken().items()) if found is None or found < version]
         if not late:
             return None
         return Conflict(
             f"protocol {version} is not known to be spoken by {', '.join(late)}",
             hint="install this slum on every member first, and start those that are down; nothing was changed",
         )
+
+    def _spoken(self) -> dict[str, int | None]:
+        """Return the newest protocol of each member; None for one that is not connected."""
+        spoken = {row.id: self._peers.sight(row.id).protocol for row in self._member.position.members}
+        return {**spoken, self._member.epoch.me: PROTOCOL}

@@ -129,8 +129,14 @@ def _parse(arguments: Sequence[str]) -> tuple[Home, Config]:
     parser.add_argument("--epoch-entries", type=int, default=default.epoch_entries, help="seal after so many entries")
     parser.add_argument("--epoch-bytes", type=int, default=default.epoch_bytes, help="or so many bytes of journal")
     parser.add_argument("--ballast-bytes", type=int, default=default.ballast_bytes, help="held back for a full disk")
+    parser.add_argument("--upgrade-s", type=float, default=default.upgrade_s, help="before a newer protocol is raised")
     given = parser.parse_args([*shlex.split(os.environ.get(OPTIONS, "")), *arguments])
-    config = Config(epoch_entries=given.epoch_entries, epoch_bytes=given.epoch_bytes, ballast_bytes=given.ballast_bytes)
+    config = Config(
+        epoch_entries=given.epoch_entries,
+        epoch_bytes=given.epoch_bytes,
+        ballast_bytes=given.ballast_bytes,
+        upgrade_s=given.upgrade_s,
+    )
     return checked_home(given.data_dir, given.run_dir), config
 
 

@@ -24,6 +24,8 @@ class Config(Frozen):
     """Part of the replicated state: the same on every member, changed in tests only."""
     hash_rows: bool = True
     """Compare all rows with the other members' at each Seal."""
+    upgrade_s: float = 3600.0
+    """So long all members must have spoken a newer protocol before it is raised, and none of them can go back."""
     timing: Timing = Timing()
 
 
