@@ -16,15 +16,17 @@ from slum.alive import LOOKS
 from slum.errors import SlumError
 from slum.node.hang import Patience, activity
 from slum.node.keeperclient import KeeperClient
+from slum.paths import Home
 
 
 async def watch(
+    home: Home,
     name: str,
-    keeper: Callable[[], KeeperClient | None],
+    wanted: Callable[[], bool],
     ask: Callable[[float], Awaitable[None]],
     limit_s: float,
 ) -> None:
-    """Watch the keeper's child *name* until cancelled, while *keeper* returns one: None is for times when it need not answer.
+    """Watch the child *name* of the keeper of *home* until cancelled, whenever *wanted* says that it has to answer.
 
     *ask* returns when it answered, within the seconds it is given; TimeoutError or another OSError when it did not.
     """
@@ -32,26 +34,26 @@ async def watch(
     patience, pid = Patience(), 0
     while True:
         next_look = loop.time() + limit_s / LOOKS
-        connected = keeper()
-        if connected is not None:
+        if wanted():
             try:
                 await ask(limit_s / LOOKS)
                 patience.heard()
             except OSError:  # TimeoutError is one
-                patience, pid = await _silent(name, connected, patience, pid)
+                patience, pid = await _silent(home, name, patience, pid)
         await asyncio.sleep(max(0.0, next_look - loop.time()))
 
 
-async def _silent(name: str, keeper: KeeperClient, patience: Patience, pid: int) -> tuple[Patience, int]:
+async def _silent(home: Home, name: str, patience: Patience, pid: int) -> tuple[Patience, int]:
     """Count a look without an answer against process *pid*, or begin anew with the one that runs now."""
     try:
-        child = next((each for each in await keeper.list_children() if each.name == name and each.running), None)
-        if child is None or child.pid != pid:
-            return Patience(), child.pid if child else 0
-        if patience.silent(activity(pid, asyncio.get_running_loop().time())):
-            log.get().error("killed_for_it_hung", name=name, pid=pid)
-            await keeper.signal(name, signal.SIGKILL)
-            return Patience(), 0
+        async with await KeeperClient.connect(home) as keeper:
+            child = next((each for each in await keeper.list_children() if each.name == name and each.running), None)
+            if child is None or child.pid != pid:
+                return Patience(), child.pid if child else 0
+            if patience.silent(activity(pid, asyncio.get_running_loop().time())):
+                log.get().error("killed_for_it_hung", name=name, pid=pid)
+                await keeper.signal(name, signal.SIGKILL)
+                return Patience(), 0
     except SlumError as error:
         log.get().warning("not_watched", name=name, why=str(error))
     return patience, pid

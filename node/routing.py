@@ -71,8 +71,9 @@ class Routing:
     async def watch(self) -> None:
         """End a router that hangs, until cancelled."""
         await caddywatch.watch(
+            self._home,
             router.NAME,
-            lambda: self.keeper if self._made is not None else None,
+            lambda: self.keeper is not None and self._made is not None,
             lambda seconds: router.answer(self._home, seconds),
             silent_ms() / 1000,
         )

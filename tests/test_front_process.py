@@ -69,6 +69,17 @@ def test_a_killed_front_comes_back_and_a_server_that_is_away_is_said(site: Site)
     until(lambda: answers(site) == 200)
 
 
+def test_a_front_that_hangs_is_ended_and_comes_back(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLUM_SILENT_MS", "1200")
+    site.plane.kill("server")
+    site.plane.start("server")
+    until(lambda: answers(site) == 200)
+    pid = caddy(site).pid
+    os.kill(pid, signal.SIGSTOP)
+    assert answers(site) == 200, "a connection waits for the next front"
+    assert caddy(site).pid != pid
+
+
 def test_ensuring_changes_only_what_changed(site: Site) -> None:
     pid = caddy(site).pid
     assert asyncio.run(again(site)) == (f"127.0.0.1:{site.port}",)

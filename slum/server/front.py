@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -25,8 +26,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from slum import log
+from slum.alive import silent_ms
 from slum.errors import ConfigError, SlumError
 from slum.frozen import Frozen
+from slum.node import caddywatch
 from slum.node.caddyconfig import Json
 from slum.node.keeperclient import KeeperClient, KeeperError
 from slum.node.router import end, find_caddy, reachable, write_config
@@ -134,6 +137,19 @@ async def keep(control: Control) -> None:
             log.get().warning("front_not_kept", why=why)
         last = why
         await asyncio.sleep(AGAIN_S if why else LOOK_S)
+
+
+async def watch(home: Home) -> None:
+    """End a front that hangs, where there is to be one, until cancelled."""
+
+    async def ask(seconds: float) -> None:
+        # Whoever says no answers; what is wrong with the settings is for keep() to say.
+        with contextlib.suppress(ssl.SSLError, ConfigError):
+            settings = read_settings(home)
+            if settings is not None:
+                await answer(settings.listen[0], seconds)
+
+    await caddywatch.watch(home, NAME, _settings_file(home).exists, ask, silent_ms() / 1000)
 
 
 async def _certified(control: Control) -> None:
@@ -327,19 +343,26 @@ def _listener_name(address: str) -> str:
 
 async def _answering(home: Home, address: str) -> None:
     """Return once TLS is spoken at *address* (a connection waits in the queue until then); SlumError after START_S."""
-    host, _, port = address.rpartition(":")
-    host = {"0.0.0.0": "127.0.0.1", "[::]": "::1"}.get(host, host.strip("[]"))
-    context = ssl.create_default_context(cafile=str(home.authority_certificate))
     try:
-        async with asyncio.timeout(START_S):
-            _, writer = await asyncio.open_connection(host, int(port), ssl=context, server_hostname=SERVER_NAME)
-            writer.close()
-            await writer.wait_closed()
-    except (TimeoutError, OSError) as error:
+        await answer(address, START_S)
+    except OSError as error:
         raise SlumError(
             f"the front does not start: {str(error) or f'no answer in {START_S:.0f} s'}",
             hint=f"its log is {home.own_log(NAME)}",
         ) from error
+
+
+async def answer(address: str, timeout_s: float) -> None:
+    """Return once TLS is spoken at *address*, whoever by; TimeoutError after *timeout_s*, another OSError when it is not."""
+    host, _, port = address.rpartition(":")
+    host = {"0.0.0.0": "127.0.0.1", "[::]": "::1"}.get(host, host.strip("[]"))
+    # It has to answer, not to be believed: one whose certificate has expired does not hang.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    async with asyncio.timeout(timeout_s):
+        _, writer = await asyncio.open_connection(host, int(port), ssl=context, server_hostname=SERVER_NAME)
+        writer.close()
+        await writer.wait_closed()
 
 
 _BEFORE = "fronst"

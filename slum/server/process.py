@@ -107,6 +107,7 @@ def make_server(home: Home, remote: socket.socket) -> Server:
         "relay": control.relay.run(),
         "sessions": control.sessions.run(control),
         "front": front.keep(control),
+        "front watch": front.watch(home),
         "copies": control.copies.run(),
         "adding": control.adding.run(),
         "shutting out": shut_out_who_left(control),
