@@ -21,6 +21,7 @@ from slum.frozen import Frozen
 from slum.node.keeperclient import Child, KeeperClient, KeeperError
 from slum.node.types import Spawn
 from slum.operators.base import Deadlines, Held, Machine, MachineSpec
+from slum.operators.ssh_hosts import FreeHosts, KeyBook
 from slum.paths import Home
 
 STOP_S = 10.0
@@ -38,6 +39,12 @@ class Site:
     """Of the leader that calls, larger than those of all before it; hosts refuse an older one's steps."""
     held: tuple[Held, ...] = ()
     """What the ledger knew when the operator was made."""
+    alive: frozenset[str] = frozenset()
+    """The keys of machines whose agents are connected: these need not be looked for."""
+    free: FreeHosts | None = None
+    """What is remembered of hosts without a machine from one look to the next."""
+    keys: KeyBook | None = None
+    """Who knows the keys of hosts with SSH; without one each member's own file."""
 
 
 class Identity(Frozen):

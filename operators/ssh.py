@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import re
 import time
 from collections.abc import AsyncIterator, Callable
@@ -22,17 +23,21 @@ import asyncssh
 from slum.errors import OperatorError
 from slum.model import SshHost, SshOperator
 from slum.operators import naming
-from slum.operators.base import Deadlines, Machine, MachineSpec
+from slum.operators.base import Deadlines, Held, Machine, MachineSpec
 from slum.operators.bootstrap import LOCK_S, Diary, Facts, Houses, Step, bring_up, check, look, steps, switch
 from slum.operators.local import Site
 from slum.operators.ssh_hand import Hand, working
-from slum.operators.ssh_hosts import KeyFile, address_of, choose_host, host_in, machine_id
+from slum.operators.ssh_hosts import address_of, choose_host, host_in, key_file, machine_id
 from slum.operators.ssh_link import Dialer
 from slum.operators.wheelhouse import Wheelhouse
 
 RESERVED_S = 60.0
 """How long a host stays promised to a machine whose intent is not seen in the ledger yet."""
 LOOKS_MAX = 32
+LOOK_S, LOOKS_S = 20.0, 45.0
+"""For one host, and for all of them: what was not seen by then is believed to be as the ledger has it."""
+FREE_S = 600.0
+"""How long a host without a machine is not looked at again, give or take a half."""
 
 
 class Promise(NamedTuple):
@@ -63,7 +68,7 @@ class Ssh:
         """*tell* hears of each step on each host: (host, step, "" when it begins or what came of it)."""
         self._definition = definition
         self._site = site
-        self._book = KeyFile(known_keys(site))
+        self._book = site.keys or key_file(site.home)
         self._houses = houses or Houses(site.home.data / "wheels")
         self._tell = tell
         self._hosts = {address_of(host, definition).id: host for host in definition.hosts}
@@ -82,15 +87,27 @@ class Ssh:
         return machine_id(host, spec.cluster, spec.key)
 
     async def observe(self, cluster: str) -> tuple[Machine, ...]:
+        """Look at the hosts that need it: an agent that is connected is its machine, a host that was free lately is so."""
         looks = asyncio.Semaphore(LOOKS_MAX)
+        end = asyncio.get_running_loop().time() + LOOKS_S
+        held = self._held(cluster)
         async with self._dialer() as dialer:
 
             async def one(name: str, host: SshHost) -> Machine | None:
+                mine = held.get(name)
+                if mine is not None and mine.key in self._site.alive:
+                    return _as_held(mine, cluster)
+                if mine is None and self._is_free(cluster, name):
+                    return None
                 try:
-                    async with looks, self._hand(dialer, name, host) as hand:
-                        return _machine(name, cluster, await look(hand))
-                except OperatorError:
-                    return self._believed(name, cluster)
+                    async with asyncio.timeout_at(end), looks, asyncio.timeout(LOOK_S):
+                        async with self._hand(dialer, name, host) as hand:
+                            found = _machine(name, cluster, await look(hand))
+                except (OperatorError, TimeoutError):
+                    return _as_held(mine, cluster) if mine is not None and mine.is_made else None
+                if mine is None and found is None:
+                    self._found_free(cluster, name)
+                return found
 
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(one(*item), name=f"look at {item[0]}") for item in self._hosts.items()]
@@ -193,12 +210,23 @@ class Ssh:
         found = ((held.key, host_in(held.id)) for held in self._site.held)
         return {key: place[0] for key, place in found if place is not None and place[1].startswith(prefix)}
 
-    def _believed(self, host: str, cluster: str) -> Machine | None:
-        """Return the machine that the ledger knows to be on *host*, which cannot be asked."""
+    def _held(self, cluster: str) -> dict[str, Held]:
+        """Return by host what the ledger knows to be there, or to have been asked for."""
+        found: dict[str, Held] = {}
         for held in self._site.held:
-            if held.is_made and held.id == machine_id(host, cluster, held.key):
-                return Machine(id=held.id, cluster=cluster, key=held.key, machine=held.machine, tenement=held.tenement)
-        return None
+            place = host_in(held.id)
+            if place is not None and held.id == machine_id(place[0], cluster, held.key):
+                found[place[0]] = held
+        return found
+
+    def _is_free(self, cluster: str, host: str) -> bool:
+        free = self._site.free
+        return free is not None and free.is_free(self._site.fence, cluster, host, time.monotonic())
+
+    def _found_free(self, cluster: str, host: str) -> None:
+        if self._site.free is not None:
+            until = time.monotonic() + FREE_S * random.uniform(0.5, 1.5)
+            self._site.free.found_free(self._site.fence, cluster, host, until)
 
 
 def _is_name(machine: str, key: str) -> bool:
@@ -206,14 +234,14 @@ def _is_name(machine: str, key: str) -> bool:
     return found is not None and found[0] == key
 
 
-def known_keys(site: Site) -> Path:
-    """Return the file of host keys that were seen first."""
-    return site.home.state / "ssh" / "known_hosts"
-
-
 def host_log(site: Site, host: str) -> Path:
     """Return the log of bootstraps of *host*."""
     return site.home.logs / "_slum" / "bootstrap" / f"{re.sub('[^A-Za-z0-9.-]', '_', host)}.log"
+
+
+def _as_held(held: Held, cluster: str) -> Machine:
+    """Return the machine that the ledger knows, without having looked."""
+    return Machine(id=held.id, cluster=cluster, key=held.key, machine=held.machine, tenement=held.tenement)
 
 
 def _machine(host: str, cluster: str, facts: Facts) -> Machine | None:

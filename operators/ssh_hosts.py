@@ -17,6 +17,7 @@ from slum.errors import ConfigError, OperatorError
 from slum.frozen import Frozen
 from slum.model import SshHost, SshOperator
 from slum.operators import naming
+from slum.paths import Home
 
 PREFIX = "ssh:"
 
@@ -83,6 +84,25 @@ def choose_host(hosts: Iterable[str], key: str, taken: Mapping[str, str]) -> str
     return free
 
 
+class FreeHosts:
+    """Hosts where nothing of ours was found and the ledger knows of nothing: they are not looked at each time.
+
+    It is of one leader: the next one looks at all.
+    """
+
+    def __init__(self) -> None:
+        self._fence: tuple[int, ...] = ()
+        self._until: dict[tuple[str, str], float] = {}
+
+    def is_free(self, fence: tuple[int, ...], cluster: str, host: str, now: float) -> bool:
+        return fence == self._fence and now < self._until.get((cluster, host), 0.0)
+
+    def found_free(self, fence: tuple[int, ...], cluster: str, host: str, until: float) -> None:
+        if fence != self._fence:
+            self._fence, self._until = fence, {}
+        self._until[cluster, host] = until
+
+
 class KeyBook(Protocol):
     """The host keys that were seen first and are the only ones believed since."""
 
@@ -90,8 +110,12 @@ class KeyBook(Protocol):
         """Return the public key ("ssh-ed25519 AAAA...") of the host with this id, or None."""
         ...
 
-    def pin(self, host: str, key: str) -> None:
-        """Remember *key*; one that is there already stays."""
+    async def pin(self, host: str, key: str) -> None:
+        """Remember *key*, which is the one that find() gave, or the first; OperatorError when it must not be believed."""
+        ...
+
+    def forgetting(self, host: str) -> str:
+        """Return what somebody does who knows that *host* has another key now."""
         ...
 
 
@@ -109,13 +133,25 @@ class KeyFile:
                 return key
         return None
 
-    def pin(self, host: str, key: str) -> None:
+    async def pin(self, host: str, key: str) -> None:
+        if self.find(host) != key:
+            self._add(host, key)
+
+    def forgetting(self, host: str) -> str:
+        return f"remove its line from {self.path}"
+
+    def _add(self, host: str, key: str) -> None:
         import fcntl
 
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with open(self.path.with_suffix(".lock"), "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if self.find(host) is not None:
+            standing = self.find(host)
+            if standing is not None:
+                if standing != key:
+                    raise OperatorError(
+                        f"{host}: it has shown two keys just now; nothing was sent", provider_code="host_key"
+                    )
                 return
             temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
             with open(temporary, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
@@ -129,6 +165,29 @@ class KeyFile:
             return [line for line in self.path.read_text().splitlines() if line and not line.startswith("#")]
         except FileNotFoundError:
             return []
+
+
+def key_file(home: Home) -> KeyFile:
+    """Return the keys that were first seen from this machine."""
+    return KeyFile(home.state / "ssh" / "known_hosts")
+
+
+class KnownKeys:
+    """A KeyBook of what the control plane knows (an empty key: forgotten), and of a file for the hosts that it does not."""
+
+    def __init__(self, known: Mapping[str, str], own: KeyFile) -> None:
+        self._known = known
+        self._own = own
+
+    def find(self, host: str) -> str | None:
+        return (self._known[host] or None) if host in self._known else self._own.find(host)
+
+    async def pin(self, host: str, key: str) -> None:
+        if host not in self._known:
+            await self._own.pin(host, key)
+
+    def forgetting(self, host: str) -> str:
+        return f"`slum hostkey forget {host}`" if host in self._known else self._own.forgetting(host)
 
 
 def _known_name(host: str) -> str:

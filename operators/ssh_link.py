@@ -23,8 +23,6 @@ from slum.operators.ssh_hosts import Address, KeyBook, address_of, parse_address
 CONNECT_S = 10.0
 LOGIN_S = 15.0
 KEEPALIVE_S, KEEPALIVES = 5, 3
-HANDSHAKES_MAX = 8
-"""At once through one jump host or to many: OpenSSH drops some of more than ten that have not logged in yet."""
 ED25519 = ("ssh-ed25519",)
 ECDSA = ("ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp521")
 RSA = ("rsa-sha2-512", "rsa-sha2-256")
@@ -43,7 +41,6 @@ class Dialer:
         self._stack = AsyncExitStack()
         self._jumping = asyncio.Lock()
         self._jump: asyncssh.SSHClientConnection | None = None
-        self._handshakes = asyncio.Semaphore(HANDSHAKES_MAX)
 
     async def __aenter__(self) -> Dialer:
         await self._stack.__aenter__()
@@ -56,8 +53,7 @@ class Dialer:
     async def to(self, host: SshHost) -> AsyncIterator[asyncssh.SSHClientConnection]:
         """Yield a connection to *host*; OperatorError when it cannot be had or breaks."""
         address = address_of(host, self._operator)
-        async with self._handshakes:
-            connection = await self._connect(address, host.fingerprint, await self._through())
+        connection = await self._connect(address, host.fingerprint, await self._through())
         try:
             async with connection:
                 yield connection
@@ -86,14 +82,31 @@ class Dialer:
             if not os.path.isfile(known):  # noqa: ASYNC240
                 raise OperatorError(f"{address}: there is no {known} to know its key from", provider_code="host_key")
             return await self._dial(address, through, lambda key: False, known_hosts=known)
+        return await self._first(address, through)
+
+    async def _first(
+        self, address: Address, through: asyncssh.SSHClientConnection | None
+    ) -> asyncssh.SSHClientConnection:
+        """Connect to a host that shows the key that it showed first; that one is written down before the host is used."""
         pinned = self._book.find(address.id)
         algorithms = _algorithms(pinned) if pinned else (*ED25519, *ECDSA, *RSA)
-        connection = await self._dial(
-            address, through, lambda key: pinned in (None, _text(key)), algorithms=algorithms, expected=pinned
-        )
-        key = connection.get_server_host_key()
-        if pinned is None and key is not None:
-            self._book.pin(address.id, _text(key))
+        try:
+            connection = await self._dial(
+                address, through, lambda key: pinned in (None, _text(key)), algorithms=algorithms, expected=pinned
+            )
+        except OperatorError as error:
+            if error.provider_code == "host_key":
+                error.hint = f"{error.hint}; then {self._book.forgetting(address.id)}"
+            raise
+        try:
+            key = connection.get_server_host_key()
+            if key is None:
+                raise OperatorError(f"{address}: it shows no key", provider_code="host_key")
+            await self._book.pin(address.id, _text(key))
+        except BaseException:
+            connection.abort()
+            await connection.wait_closed()
+            raise
         return connection
 
     async def _pinned(
@@ -222,7 +235,7 @@ def _wrong_key(address: Address, seen: asyncssh.SSHKey | None, expected: str | N
     known = expected if expected.startswith("SHA256:") else asyncssh.import_public_key(expected).get_fingerprint()
     return OperatorError(
         f"{address}: its host key is {shown}, not {known} as expected; nothing was sent",
-        hint="somebody may be between you and the host. If it was installed anew, see docs/bootstrap.md, Host keys",
+        hint="somebody may be between you and the host. If it was installed anew, compare its key there (docs/bootstrap.md, Host keys)",
         provider_code="host_key",
     )
 

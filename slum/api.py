@@ -135,6 +135,26 @@ class MachineView(Frozen):
     detail: str = ""
 
 
+class HostKey(Frozen):
+    """The key that a host with SSH is known by to the fleet."""
+
+    host: str
+    """As in the ids of machines: "203.0.113.9:22"."""
+    key: str
+    """"ssh-ed25519 AAAA..."; empty when it was forgotten: the next one that the host shows is pinned."""
+    fingerprint: str
+    at: float
+    """Since when, unix seconds."""
+    actor: str
+
+
+class Forgotten(Frozen):
+    """Committed: the next key that a host shows is the one that is believed from then on."""
+
+    seq: int
+    host: str
+
+
 class PauseStep(Frozen):
     """One thing that would be done on `resume`. *what*: "create", "destroy", "start", "change", "stop", "leave"."""
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
+from urllib.parse import quote
 
 import httpx
 import msgspec
@@ -186,6 +187,14 @@ class Client:
     def remove_token(self, id: str) -> api.Revoked:
         """Remove a token; ConfigError when there is none of that id."""
         return self._call("DELETE", f"tokens/{id}", api.Revoked, host=socket.gethostname())
+
+    def host_keys(self) -> tuple[api.HostKey, ...]:
+        """Return the keys that hosts with SSH are known by."""
+        return self._call("GET", "hostkeys", tuple[api.HostKey, ...])
+
+    def forget_host_key(self, host: str) -> api.Forgotten:
+        """Let the next key that *host* shows be believed; ConfigError when no such host is known. May be repeated."""
+        return self._call("DELETE", f"hostkeys/{quote(host, safe='')}", api.Forgotten, host=socket.gethostname())
 
     def users(self) -> tuple[api.UserView, ...]:
         return self._call("GET", "users", tuple[api.UserView, ...])

@@ -5,19 +5,35 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import time
 import zipfile
+from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 
+import asyncssh
 import msgspec
 import pytest
 from cli_support import Desk, lonely  # noqa: F401 - a fixture
+from ssh_support import a_site
 
 from slum.errors import ConfigError, OperatorError
 from slum.model import SshHost, SshOperator
 from slum.operators import wheelhouse
-from slum.operators.base import Join, MachineSpec
+from slum.operators.base import Held, Join, MachineSpec
 from slum.operators.bootstrap import Facts, Install, JoinHome, Packages, Upload, check, files_of, steps
-from slum.operators.ssh_hosts import Address, KeyFile, choose_host, host_in, machine_id, parse_address
+from slum.operators.local import Site
+from slum.operators.ssh import Ssh
+from slum.operators.ssh_hosts import (
+    Address,
+    FreeHosts,
+    KeyFile,
+    KnownKeys,
+    choose_host,
+    host_in,
+    machine_id,
+    parse_address,
+)
 from slum.operators.wheelhouse import Target, Wheel, Wheelhouse
 
 CLUSTER = "c0ffee00-1111-4222-8333-944445555666"
@@ -131,15 +147,70 @@ def test_a_machine_keeps_its_host_and_a_new_one_gets_the_first_that_is_free() ->
         choose_host(["a"], "x.1", {"y.1": "a"})
 
 
-def test_the_first_key_stays(tmp_path: Path) -> None:
+async def test_the_first_key_stays(tmp_path: Path) -> None:
     book = KeyFile(tmp_path / "ssh" / "known_hosts")
     assert book.find("box:22") is None
-    book.pin("box:22", "ssh-ed25519 AAAA")
-    book.pin("box:22", "ssh-ed25519 BBBB")
-    book.pin("[2001:db8::7]:23", "ssh-ed25519 CCCC")
+    await book.pin("box:22", "ssh-ed25519 AAAA")
+    await book.pin("box:22", "ssh-ed25519 AAAA")
+    with pytest.raises(OperatorError, match="two keys"):
+        await book.pin("box:22", "ssh-ed25519 BBBB")
+    await book.pin("[2001:db8::7]:23", "ssh-ed25519 CCCC")
     assert book.find("box:22") == "ssh-ed25519 AAAA"
     assert book.path.read_text() == "box ssh-ed25519 AAAA\n[2001:db8::7]:23 ssh-ed25519 CCCC\n"
     assert book.path.stat().st_mode & 0o777 == 0o600
+
+
+async def test_what_the_control_plane_knows_comes_before_the_file(tmp_path: Path) -> None:
+    own = KeyFile(tmp_path / "known_hosts")
+    for host in ("a:22", "b:22", "c:22"):
+        await own.pin(host, "ssh-ed25519 OWN")
+    book = KnownKeys({"a:22": "ssh-ed25519 THEIRS", "b:22": ""}, own)
+    assert [book.find(host) for host in ("a:22", "b:22", "c:22")] == ["ssh-ed25519 THEIRS", None, "ssh-ed25519 OWN"]
+    await book.pin("b:22", "ssh-ed25519 NEW")
+    assert own.find("b:22") == "ssh-ed25519 OWN", "whoever leads writes it down for all"
+    await book.pin("d:22", "ssh-ed25519 NEW")
+    assert own.find("d:22") == "ssh-ed25519 NEW"
+
+
+async def test_only_hosts_that_need_it_are_looked_at(tmp_path: Path) -> None:
+    dialled: list[int] = []
+
+    async def count(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        dialled.append(writer.get_extra_info("sockname")[1])
+        writer.close()
+        await writer.wait_closed()
+
+    async with AsyncExitStack() as stack:
+        servers = [await stack.enter_async_context(await asyncio.start_server(count, "127.0.0.1", 0)) for _ in range(3)]
+        connected, silent, unused = (server.sockets[0].getsockname()[1] for server in servers)
+        hosts = tuple(SshHost(host="127.0.0.1", port=port) for port in (connected, silent, unused))
+        definition = SshOperator(name="vps", hosts=hosts, key=str(tmp_path / "none"))
+        asyncssh.generate_private_key("ssh-ed25519").write_private_key(tmp_path / "none")
+        held = tuple(
+            Held(
+                id=machine_id(f"127.0.0.1:{port}", CLUSTER, f"w-{n}.1"),
+                key=f"w-{n}.1",
+                machine=f"w-{n}",
+                tenement="w",
+                is_made=True,
+            )
+            for n, port in enumerate((connected, silent), 1)
+        )
+        site = replace(a_site(tmp_path, (1, 1, 1), held), alive=frozenset({"w-1.1"}), free=FreeHosts())
+
+        async def looked(site: Site) -> list[int]:
+            dialled.clear()
+            seen = await Ssh(definition, site).observe(CLUSTER)
+            assert [one.key for one in seen] == ["w-1.1", "w-2.1"], "what does not answer is believed to be there"
+            return sorted(dialled)
+
+        assert await looked(site) == sorted([silent, unused])
+        assert site.free is not None
+        site.free.found_free(site.fence, CLUSTER, f"127.0.0.1:{unused}", time.monotonic() + 60)
+        assert await looked(site) == [silent]
+        assert await looked(replace(site, fence=(1, 2, 0))) == sorted([silent, unused]), (
+            "another leader has seen nothing"
+        )
 
 
 def test_wheels_fit_the_target() -> None:

@@ -14,13 +14,16 @@ from ledger_support import Scribe, desired, fleet, new_state, note, proposal, sc
 
 from slum.ledger import schema
 from slum.ledger.commands import (
+    PROTOCOL,
     AnyCommand,
     Barrier,
+    ForgetHost,
     Intent,
     LeaderStarted,
     Member,
     NoteEvent,
     Outcome,
+    PinHost,
     Record,
     Rejected,
     Seal,
@@ -339,8 +342,9 @@ def test_protocols(tmp_path: Path) -> None:
     with scribe(tmp_path) as s:
         s.done(SetProtocol(version=1))
         s.rejected(SetProtocol(version=0), "invalid")
-        with pytest.raises(StateFailed, match="protocol 2, this slum speaks 1"):
-            s.apply(SetProtocol(version=2))
+        s.done(SetProtocol(version=PROTOCOL))
+        with pytest.raises(StateFailed, match=f"protocol {PROTOCOL + 1}, this slum speaks {PROTOCOL}"):
+            s.apply(SetProtocol(version=PROTOCOL + 1))
 
 
 def test_an_entry_of_a_newer_slum_ends_the_process(tmp_path: Path) -> None:
@@ -552,7 +556,9 @@ commands = st.one_of(
         ),
     ),
     st.builds(Seal, members=st.tuples(), why=words),
-    st.builds(SetProtocol, version=st.integers(-5, 1)),
+    st.builds(SetProtocol, version=st.integers(-5, PROTOCOL)),
+    st.builds(PinHost, host=words, key=words | st.just(f"ssh-ed25519 {'AAAAC3NzaC1lZDI1NTE5' + 'A' * 48}")),
+    st.builds(ForgetHost, host=words),
 )
 
 

@@ -10,7 +10,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import click
@@ -78,7 +78,8 @@ def bootstrap(
     """
     definition, names = _definition(asked, host, operator, file, key, jump)
     with _shown(asked, names) as tell:
-        results = asyncio.run(_all(asked, definition, names, tell, dry_run=dry_run, upgrade=upgrade))
+        made = operator_of(asked, definition, tell, alone=operator is None or file is not None)
+        results = asyncio.run(_all(made, names, tell, dry_run=dry_run, upgrade=upgrade))
     failed = [result for result in results if not result.ok]
     if asked.json:
         asked.emit(results)
@@ -143,18 +144,25 @@ def declared(asked: Invocation, name: str, file: str | None = None) -> SshOperat
     return found
 
 
-def operator_of(asked: Invocation, definition: SshOperator, tell: Tell | None = None) -> Ssh:
-    """Return the operator with this machine's folders."""
+def operator_of(asked: Invocation, definition: SshOperator, tell: Tell | None = None, *, alone: bool = False) -> Ssh:
+    """Return the operator with this machine's folders; unless *alone* hosts are known by the control plane's keys too."""
+    from dataclasses import replace
+
     from slum.operators.ssh import Ssh
+    from slum.operators.ssh_hosts import KnownKeys, key_file
     from slum.server.boot import operator_site
 
-    return Ssh(definition, operator_site(asked.home, ""), tell=tell)
+    known: dict[str, str] = {}
+    if not alone:
+        with asked.client() as client, suppress(ConfigError):  # an older control plane keeps none
+            known = {one.host: one.key for one in client.host_keys()}
+    site = replace(operator_site(asked.home, ""), keys=KnownKeys(known, key_file(asked.home)))
+    return Ssh(definition, site, tell=tell)
 
 
 async def _all(
-    asked: Invocation, definition: SshOperator, names: tuple[str, ...], tell: Tell, *, dry_run: bool, upgrade: bool
+    operator: Ssh, names: tuple[str, ...], tell: Tell, *, dry_run: bool, upgrade: bool
 ) -> tuple[HostResult, ...]:
-    operator = operator_of(asked, definition, tell)
     at_once = asyncio.Semaphore(AT_ONCE)
 
     async def one(name: str) -> HostResult:

@@ -66,6 +66,7 @@ SECTIONS: dict[str, dict[str, Entry]] = {
         "bootstrap": Entry("slum.cli.bootstrap:bootstrap", "Install slum on hosts with SSH, or upgrade it there."),
         "ssh": Entry("slum.cli.ssh:ssh", "Open a shell on a tenement's host."),
         "drain": Entry("slum.cli.machines:drain", "Empty a machine and keep it empty until --undo."),
+        "hostkey": Entry("slum.cli.hostkey:hostkey", "List the keys of hosts with SSH, or forget one."),
     },
     "Who may come in": {
         "token": Entry("slum.cli.token:token", "Let in a node, a member or a user, once; revoke."),

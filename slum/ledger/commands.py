@@ -18,7 +18,8 @@ from slum.model import Fleet
 if TYPE_CHECKING:
     from slum.ledger.status import LedgerStatus
 
-PROTOCOL = 1
+PROTOCOL = 2
+"""2 has PinHost and ForgetHost."""
 ENTRY_BYTES_MAX = 1 << 20
 PROPOSAL_BYTES_MAX = ENTRY_BYTES_MAX - 1024
 """The rest is for the entry's header."""
@@ -99,6 +100,24 @@ class Record(Command):
     """Events that must outlive the leader (what agents noted), batched by the server: at most 200 each."""
 
     events: tuple[NoteEvent, ...]
+
+
+class PinHost(Command):
+    """The key that a host with SSH showed first: from then on the only one that is believed. Of protocol 2.
+
+    The key that stands is Done. Rejected "conflict" when another one stands, "invalid" before protocol 2.
+    """
+
+    host: str
+    """As ids have it: "203.0.113.9:22"."""
+    key: str
+    """The public key: "ssh-ed25519 AAAA..."."""
+
+
+class ForgetHost(Command):
+    """Believe the next key that a host shows, whatever any member has seen before. Rejected as PinHost is."""
+
+    host: str
 
 
 # --- who may come in --------------------------------------------------------------------------------------------------
@@ -224,6 +243,8 @@ AnyCommand = (
     | Intent
     | Outcome
     | Record
+    | PinHost
+    | ForgetHost
     | SetAuthority
     | AddToken
     | UseToken

@@ -6,15 +6,17 @@ Everything here is deterministic: it sees the Turn and the command, nothing else
 from __future__ import annotations
 
 from slum.errors import SlumError
-from slum.ledger import access
+from slum.ledger import access, hosts, schema
 from slum.ledger.commands import (
     PROTOCOL,
     AddToken,
     AnyCommand,
+    ForgetHost,
     Intent,
     LeaderStarted,
     NoteCertificate,
     Outcome,
+    PinHost,
     Record,
     RemoveToken,
     Result,
@@ -51,6 +53,10 @@ def perform(turn: Turn, command: AnyCommand) -> Result:
             return apply_outcome(turn, command)
         case Record():
             return _record(turn, command)
+        case PinHost():
+            return hosts.pin_host(turn, command)
+        case ForgetHost():
+            return hosts.forget_host(turn, command)
         case SetAuthority():
             return access.set_authority(turn, command)
         case AddToken():
@@ -116,4 +122,5 @@ def _set_protocol(turn: Turn, command: SetProtocol) -> Result:
             after={"protocol": command.version},
         )
         turn.protocol = command.version
+        schema.create_tables_of(turn.db, command.version)
     return turn.done()

@@ -107,6 +107,15 @@ class CertificateRow(Frozen):
     revoked_at: float
 
 
+class HostRow(Frozen):
+    """The key that a host with SSH is known by; an empty one was forgotten, and the next that it shows is pinned."""
+
+    host: str
+    key: str
+    at: float
+    actor: str
+
+
 class PauseRow(Frozen):
     """Since when, by whom and why machines and services are left as they are."""
 
@@ -272,6 +281,21 @@ class Reader:
                 certificate=certificate, box=box, recovery=recovery, recipients=tuple(recipients.split())
             )
         return None
+
+    def hosts(self) -> tuple[HostRow, ...]:
+        """Return what the ledger knows of hosts' keys, by host; nothing before protocol 2."""
+        if not self._has_hosts():
+            return ()
+        return tuple(_structs(HostRow, self._rows("SELECT host, key, at, actor FROM hosts ORDER BY host")))
+
+    def host(self, host: str) -> HostRow | None:
+        if not self._has_hosts():
+            return None
+        rows = self._rows("SELECT host, key, at, actor FROM hosts WHERE host = ?", (host,))
+        return next(_structs(HostRow, rows), None)
+
+    def _has_hosts(self) -> bool:
+        return bool(self._rows("SELECT protocol FROM ledger")[0][0] >= schema.HOSTS_PROTOCOL)
 
     def tokens(self) -> tuple[TokenRow, ...]:
         """Return the kept tokens, oldest first."""

@@ -79,6 +79,13 @@ CREATE INDEX IF NOT EXISTS certificates_by_subject ON certificates (subject);
 CREATE INDEX IF NOT EXISTS certificates_revoked ON certificates (serial) WHERE revoked_at > 0;
 """
 """Made on opening too where they are missing: a state.db from before them is the same as one where they are empty."""
+_HOSTS_TABLE = """
+CREATE TABLE IF NOT EXISTS hosts (
+  host TEXT PRIMARY KEY, key TEXT NOT NULL, at REAL NOT NULL, actor TEXT NOT NULL
+) STRICT, WITHOUT ROWID
+"""
+HOSTS_PROTOCOL = 2
+"""From which protocol on there is that table: members of an older slum would have other rows."""
 
 
 class Position(Frozen):
@@ -134,10 +141,11 @@ def connect(path: Path) -> sqlite3.Connection:
     return db
 
 
-def create_tables(db: sqlite3.Connection) -> None:
+def create_tables(db: sqlite3.Connection, protocol: int) -> None:
     for statement in _TABLES.split(";\n"):
         db.execute(statement)
     complete(db)
+    create_tables_of(db, protocol)
     db.execute(f"PRAGMA user_version={SCHEMA}")
 
 
@@ -145,6 +153,12 @@ def complete(db: sqlite3.Connection) -> None:
     """Make the tables that a state.db of this schema may lack."""
     for statement in _ACCESS_TABLES.split(";\n"):
         db.execute(statement)
+
+
+def create_tables_of(db: sqlite3.Connection, protocol: int) -> None:
+    """Make the tables that came with *protocol* or before; at the entry that raises it, so at the same one everywhere."""
+    if protocol >= HOSTS_PROTOCOL:
+        db.execute(_HOSTS_TABLE)
 
 
 def check_version(db: sqlite3.Connection, name: str) -> None:

@@ -359,7 +359,7 @@ def bootstrap(path: Path, position: Position, *, actor: str, at: float) -> None:
     db = schema.connect(path)
     try:
         db.execute("BEGIN IMMEDIATE")
-        schema.create_tables(db)
+        schema.create_tables(db, position.protocol)
         events = EventWriter(db, number=0, head=position.events_hash, seq=0, at=at)
         members = [member.id for member in position.members]
         after = {"generation": position.generation, "members": members}

@@ -21,7 +21,6 @@ from slum.node.boot import GRACE_S, POLL_S, check_keeper
 from slum.node.keeperclient import call
 from slum.node.limits.detect import detect
 from slum.node.types import Spawn
-from slum.operators.base import Held
 from slum.operators.local import Site
 from slum.paths import Home
 
@@ -71,10 +70,10 @@ def boot_children(home: Home, python: str = sys.executable, env: Mapping[str, st
     return tuple(boot.program(home, name, module, python, env) for name, module in programs.items())
 
 
-def operator_site(home: Home, member: str, fence: tuple[int, ...] = (), held: tuple[Held, ...] = ()) -> Site:
-    """Return what the operators of *member* are given; *fence* and *held* as in Site."""
+def operator_site(home: Home, member: str) -> Site:
+    """Return what the operators of *member* are given, without what a leader knows."""
     agent = next(spawn for spawn in boot_children(home) if spawn.name == "agent")
-    return Site(home=home, member=member, agent=agent, fence=fence, held=held)
+    return Site(home=home, member=member, agent=agent)
 
 
 def write_boot(home: Home) -> tuple[Spawn, ...]:

@@ -125,6 +125,16 @@ EXAMPLES: dict[Any, object] = {
     tuple[api.CertificateView, ...]: (_CERTIFICATE,),
     api.RevokeRequest: api.RevokeRequest(subject="user/ana", why="left", host="laptop"),
     api.Revoked: api.Revoked(seq=15, certificates=1),
+    tuple[api.HostKey, ...]: (
+        api.HostKey(
+            host="203.0.113.9:22",
+            key="ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA",
+            fingerprint="SHA256:7nQ6oB0wGWYdBvCTn0mHq1yW1HVKvGGbg8tUeJ9vT4k",
+            at=1795000000.0,
+            actor="slum@m1",
+        ),
+    ),
+    api.Forgotten: api.Forgotten(seq=15, host="203.0.113.9:22"),
     Health: Health(ok=True, ledger=True),
     api.Status: api.Status(
         version=__version__,

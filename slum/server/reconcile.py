@@ -21,9 +21,12 @@ from slum.errors import ConfigError, OperatorError, QuorumLost, SlumError
 from slum.ledger.commands import AnyCommand, Intent, LeaderInfo, NoteEvent, Outcome, Record, Rejected, new_request_id
 from slum.operators.base import Foretold, Held, MachineSpec, Operator
 from slum.operators.registry import make_operator
+from slum.operators.ssh_hosts import FreeHosts
+from slum.server.agents import ELSEWHERE
 from slum.server.boot import operator_site
 from slum.server.control import Control, Sight
 from slum.server.decide import Action, Create, Destroy, Known, Recognise, Situation, Wanted, decide, key_of
+from slum.server.hostkeys import LedgerKeys
 from slum.server.joins import Joins
 from slum.server.localmember import LocalOfMember, member_of
 from slum.server.vanished import GRACE_S, vanished
@@ -41,6 +44,8 @@ class Reconciler:
     def __init__(self, control: Control) -> None:
         self._control = control
         self._joins = Joins(control)
+        self._keys = LedgerKeys(control)
+        self._free = FreeHosts()
         self._sights = control.sights
         self._looking: set[str] = set()
         self._acts: Counter[str] = Counter()
@@ -163,7 +168,14 @@ class Reconciler:
 
     def _operators(self, definitions: Mapping[str, model.Operator], leader: LeaderInfo) -> dict[str, Operator]:
         fence = (leader.generation, leader.epoch, leader.term)
-        site = operator_site(self._control.home, leader.member or "", fence, held_machines(self._control.world()))
+        site = replace(
+            operator_site(self._control.home, leader.member or ""),
+            fence=fence,
+            held=held_machines(self._control.world()),
+            alive=self._alive(),
+            free=self._free,
+            keys=self._keys,
+        )
         made: dict[str, Operator] = {}
         for name, definition in definitions.items():
             try:
@@ -171,6 +183,12 @@ class Reconciler:
             except SlumError as error:
                 log.get().warning("operator_unusable", operator=name, why=error.message)
         return made
+
+    def _alive(self) -> frozenset[str]:
+        """Return the keys of the machines whose agents are connected, to whichever member."""
+        now = time.monotonic()
+        seen = (one.hello.machine for one in self._control.hub.seen.values() if one.is_connected(now))
+        return frozenset(name.removeprefix(ELSEWHERE) for name in seen if name.startswith(ELSEWHERE))
 
     def _elsewhere(self, definition: model.Operator, leader: LeaderInfo) -> Operator | None:
         """Return the operator of a local machine that is another member's; None for all that is called from here."""
