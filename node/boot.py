@@ -17,13 +17,15 @@ from pathlib import Path
 
 import msgspec
 
-from slum.alive import ASKED, SILENT_MS, SILENT_MS_LEDGER, silent_ms
+from slum.alive import ASKED, SILENT_MS, SILENT_MS_SLOW, silent_ms
 from slum.errors import ConfigError, SlumError, Unreachable
 from slum.node.keeperclient import Child, Hello, KeeperError, call, start_detached
 from slum.node.types import Log, Respawn, Spawn
 from slum.paths import Home
 
 AGENT = "agent"
+SLOW = frozenset({"ledger", "backup"})
+"""Programs that may wait long for a disk, or for a store."""
 INHERITED = ("LANG", "LC_ALL", "TZ", "HOME", "VIRTUAL_ENV", "SLUM_LEDGER_OPTIONS", ASKED)
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 NOT_OURS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST})
@@ -45,7 +47,7 @@ def program(
         # Mounts, cgroups and other uids are the agent's work, and what it starts inherits this flag from it.
         no_new_privs=name != AGENT,
         log=Log(path=str(home.own_log(name)), keep=2),
-        respawn=Respawn(silent_ms_max=silent_ms(SILENT_MS_LEDGER if name == "ledger" else SILENT_MS, given)),
+        respawn=Respawn(silent_ms_max=silent_ms(SILENT_MS_SLOW if name in SLOW else SILENT_MS, given)),
     )
 
 

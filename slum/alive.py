@@ -14,8 +14,8 @@ from collections.abc import Mapping, MutableMapping
 FILE, LIMIT = "SLUM_ALIVE_FILE", "SLUM_ALIVE_MS"
 LOOKS = 6
 """So often within the limit the keeper looks; it is told twice as often."""
-SILENT_MS, SILENT_MS_LEDGER = 30_000, 60_000
-"""How long slum's own programs may say nothing."""
+SILENT_MS, SILENT_MS_SLOW = 30_000, 60_000
+"""How long slum's own programs may say nothing; the second for those whose one step may take long."""
 ASKED = "SLUM_SILENT_MS"
 """Another limit for all of them, from the environment of `slum up`."""
 

@@ -209,10 +209,12 @@ async def test_a_store_that_is_away_stops_no_write_raises_an_alarm_and_is_caught
                 big = fleet(service("big", command=("run", os.urandom(200_000).hex(), str(number))))
                 seq = await made.write(desired(big, number), note(why=f"big.{number}"))
             await wait_for(lambda: events(made, "backup_behind"), 60, lambda: made.log[-2000:])
-            found = made.status()
-            assert found is not None
-            assert found.state == "behind"
+            found = await wait_for(lambda: (said := made.status()) is not None and said.state == "behind" and said)
             assert found.backlog_bytes < 40 << 20
+            made.kill()
+            made.start()
+            pid = made.child.pid if made.child is not None else 0
+            await wait_for(lambda: (said := made.status()) is not None and (said.pid, said.state) == (pid, "behind"))
             seq = await made.write(*notes(4))
         finally:
             s3.start()

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from backup_support import KEY, S3, SECRET, careless
+from backup_support import KEY, S3, SECRET, careless, refusing
 
 from slum.backup import config
 from slum.backup.config import Keys
@@ -134,6 +134,25 @@ def test_errors_name_the_server_and_no_secret(s3: S3) -> None:
             store.get("HEAD")
         said = f"{caught.value} {caught.value.hint} {caught.value.__cause__!r} {store!r}"
         assert "s3cr3t" not in said
+        assert ("AWS_SECRET_ACCESS_KEY" in caught.value.hint) == (word == "403")
+
+
+@pytest.mark.parametrize(
+    ("code", "word", "hint"),
+    [
+        (404, "NoSuchBucket", "mend `url`"),
+        (403, "RequestTimeTooSkewed", "clock"),
+        (403, "AccessDenied", "what that key may do"),
+        (507, "InsufficientStorage", "the store is full"),
+    ],
+)
+def test_what_a_store_refuses_says_what_to_look_at(code: int, word: str, hint: str) -> None:
+    with refusing(code, word) as endpoint:
+        store = open_store(config.made("s3://backups/x", endpoint=endpoint), Keys(KEY, SECRET))
+        for ask in (lambda: store.create("HEAD", b""), lambda: store.get("HEAD")):
+            with pytest.raises(StoreError, match="no bucket backups" if code == 404 else word) as caught:
+                ask()
+            assert hint in caught.value.hint
 
 
 def test_a_store_that_is_no_folder_says_so(tmp_path: Path) -> None:

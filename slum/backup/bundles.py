@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import sqlite3
 from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 
 from slum.backup.manifest import BLOBS
@@ -29,6 +31,12 @@ def send(store: Store, folder: Path, digests: Iterable[str]) -> tuple[set[str], 
         store.create_file(f"{BLOBS}/{digest}", path)
         there.add(digest)
     return there, missing
+
+
+def named(state: Path) -> set[str]:
+    """Return the digests of all bundles that the state in the file at *state* names."""
+    with closing(sqlite3.connect(state)) as db:
+        return {row[0] for row in db.execute("SELECT DISTINCT digest FROM blobs")}
 
 
 def in_store(store: Store) -> set[str]:

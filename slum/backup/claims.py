@@ -26,6 +26,11 @@ from slum.ledger.schema import Position
 from slum.paths import Home
 
 MIRROR, MINE = "mirror.db", "claim.json"
+PUT_BACK = "if the disk of this control plane was put back to an earlier state, restore from what is there"
+
+
+class Behind(SlumError):
+    """This ledger has less than what is backed up there; that passes."""
 
 
 class NotAllowed(ConfigError):
@@ -72,7 +77,7 @@ def resumed(
     with suppress(OSError, msgspec.MsgspecError, Refusal, follow.Gone):
         mine = msgspec.json.decode((folder / MINE).read_bytes(), type=_Mine)
         found = store.get(f"{manifest.prefix_of(mine.claim)}/claim.json")
-        claim = None if found is None else msgspec.json.decode(found.data, type=Claim)
+        claim = None if found is None else manifest.decode_claim(found.data)
         if (
             claim is not None
             and claim.token == mine.token
@@ -100,11 +105,7 @@ def _is_past(claim: str, head: Head | None) -> bool:
     """Tell whether *head* is at a later claim; one that HEAD has not come to yet may still move it."""
     if head is None:
         return False
-    return (head.generation, manifest.number_of(head.claim)) > (_generation(claim), manifest.number_of(claim))
-
-
-def _generation(claim: str) -> int:
-    return int(claim.partition("-")[0])
+    return manifest.order_of(head.claim) > manifest.order_of(claim)
 
 
 def claim_of_our_own(
@@ -132,8 +133,23 @@ def claim_of_our_own(
         return name
 
 
-def allow(head: Head | None, at: Position, *, seq: int) -> None:
-    why = manifest.why_not(head, cluster=at.cluster_id, generation=at.generation, lineage=at.lineage, seq=seq)
+def allow(head: Head | None, at: Position) -> None:
+    """Return if the ledger that stands *at* may write where *head* is; NotAllowed otherwise."""
+    why = manifest.why_not(head, cluster=at.cluster_id, generation=at.generation, lineage=at.lineage)
     if why:
         hint = "give this cluster an address of its own in server.toml, or restore from what is there"
         raise NotAllowed(why, hint=hint)
+
+
+def check_follows(head: Head | None, ledger: Path, at: Position) -> None:
+    """Return if the ledger in folder *ledger*, which stands *at*, comes from what *head* names.
+
+    Behind while it has not come so far, as it may not have after an election; NotAllowed when it came another way.
+    """
+    if head is None or head.generation != at.generation:
+        return
+    if head.seq > at.seq:
+        raise Behind(f"sequence {head.seq} is backed up there, which this ledger has not come to", hint=PUT_BACK)
+    chain = follow.chain_at(ledger, head.seq)
+    if chain is not None and chain != head.chain:
+        raise NotAllowed(f"what is backed up there at sequence {head.seq} is not what this ledger has", hint=PUT_BACK)

@@ -11,11 +11,13 @@ import http.client
 import json
 import os
 import secrets
+import select
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +33,7 @@ from slum.errors import SlumError
 RESTORE_S = 3600.0
 STOP_S = 3.0
 TEXT_MAX = 600
+TELL_S = 0.5
 
 
 class LitestreamFailed(SlumError):
@@ -118,12 +121,16 @@ class Child:
     def runs(self) -> bool:
         return self._process.poll() is None
 
-    def sync(self, timeout_s: float) -> Synced:
-        """Send all that the mirror holds and return when it is there; LitestreamFailed when it is not, with the reason."""
+    def sync(self, timeout_s: float, tell: Callable[[], None] = lambda: None) -> Synced:
+        """Send all that the mirror holds and return when it is there; LitestreamFailed when it is not, with the reason.
+
+        *tell* is called again and again meanwhile.
+        """
         body = json.dumps({"path": self._mirror, "wait": True, "timeout": max(1, int(timeout_s))})
         connection = _Control(str(self._control), timeout_s + 5.0)
         try:
             connection.request("POST", "/sync", body, {"Content-Type": "application/json"})
+            _until_it_answers(connection.sock, timeout_s + 5.0, tell)
             answer = connection.getresponse()
             said = answer.read()
         except (OSError, http.client.HTTPException) as error:
@@ -146,6 +153,14 @@ class Child:
         """End it at once, which it survives as it does a power cut."""
         self._process.kill()
         self._process.wait()
+
+
+def _until_it_answers(answers: socket.socket, timeout_s: float, tell: Callable[[], None]) -> None:
+    end = time.monotonic() + timeout_s
+    while not select.select([answers], [], [], TELL_S)[0]:
+        tell()
+        if time.monotonic() > end:
+            raise TimeoutError("timed out")
 
 
 class _Control(http.client.HTTPConnection):

@@ -25,7 +25,12 @@ FORMAT = 1
 HEAD = "HEAD.json"
 CLAIMS = "claims"
 BLOBS = "blobs"
+HINT = "is this the right address? If it is, remove the file: the leader's next claim makes it anew"
 _CLAIM = re.compile(r"[0-9]{1,18}-[0-9]{6,12}")
+
+
+class NotReadable(ConfigError):
+    """HEAD is there, and is not what slum writes."""
 
 
 class Span(Frozen):
@@ -106,7 +111,7 @@ class Claim(Frozen):
 
 
 def decode_head(data: bytes) -> Head:
-    """Return the manifest; ConfigError when it is none, or of a newer slum."""
+    """Return the manifest; NotReadable when it is none, ConfigError when it is of a newer slum."""
     try:
         found = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
         number = msgspec.json.decode(found.get("format", b"0"), type=int)
@@ -116,21 +121,27 @@ def decode_head(data: bytes) -> Head:
             )
         head = msgspec.json.decode(data, type=Head)
     except msgspec.MsgspecError as error:
-        raise ConfigError(
-            f"{HEAD} in the store is no manifest of slum: {error}", hint="is this the right address?"
-        ) from error
+        raise NotReadable(f"{HEAD} in the store is no manifest of slum: {error}", hint=HINT) from error
     strange = next((span.claim for span in head.spans if not _CLAIM.fullmatch(span.claim)), None)
     if strange is not None:
-        raise ConfigError(f"{HEAD} in the store names the claim {strange[:60]!r}, which slum never makes")
+        raise NotReadable(f"{HEAD} in the store names the claim {strange[:60]!r}, which slum never makes", hint=HINT)
     return head
+
+
+def decode_claim(data: bytes) -> Claim | None:
+    """Return what a claim says of itself; None when it cannot be read."""
+    try:
+        return msgspec.json.decode(data, type=Claim)
+    except msgspec.MsgspecError:
+        return None
 
 
 def encode(document: Head | Claim) -> bytes:
     return msgspec.json.format(msgspec.json.encode(document))
 
 
-def why_not(head: Head | None, *, cluster: str, generation: int, lineage: str, seq: int) -> str:
-    """Return why the ledger that stands at these may not write where *head* is, or ""."""
+def why_not(head: Head | None, *, cluster: str, generation: int, lineage: str) -> str:
+    """Return why the ledger of these may not write where *head* is, or ""."""
     if head is None:
         return ""
     if head.cluster != cluster:
@@ -141,8 +152,6 @@ def why_not(head: Head | None, *, cluster: str, generation: int, lineage: str, s
         )
     if head.generation == generation and head.lineage != lineage:
         return f"generation {generation} began twice, and the other one is backed up there"
-    if head.generation == generation and head.seq > seq:
-        return f"sequence {head.seq} is backed up there, this ledger has come to {seq}"
     return ""
 
 
@@ -152,6 +161,15 @@ def claim_name(generation: int, number: int) -> str:
 
 def number_of(claim: str) -> int:
     return int(claim.rpartition("-")[2])
+
+
+def is_claim(name: str) -> bool:
+    return _CLAIM.fullmatch(name) is not None
+
+
+def order_of(claim: str) -> tuple[int, int]:
+    """Return what sorts claims by age; what is none comes first."""
+    return (int(claim.partition("-")[0]), number_of(claim)) if is_claim(claim) else (-1, -1)
 
 
 def next_claim(head: Head | None, generation: int, names: Iterable[str]) -> str:

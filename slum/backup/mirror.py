@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -58,11 +58,11 @@ class Mirror:
         self._state = State(connection, path)
 
     @classmethod
-    def make(cls, ledger: Path, path: Path) -> Mirror:
-        """Make the mirror at *path* from a copy of the state.db in folder *ledger*."""
+    def make(cls, ledger: Path, path: Path, tell: Callable[[], None] = lambda: None) -> Mirror:
+        """Make the mirror at *path* from a copy of the state.db in folder *ledger*; *tell* is called meanwhile."""
         remove(path)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        follow.copy(ledger, path)
+        follow.copy(ledger, path, tell)
         mirror = cls(_connect(path), path)
         mirror._make_tables()
         return mirror
@@ -108,8 +108,8 @@ class Mirror:
             raise
         return len(logged)
 
-    def row_hash(self) -> str:
-        return self._state.row_hash()
+    def row_hash(self, tell: Callable[[], None] = lambda: None) -> str:
+        return schema.row_hash(self._connection, tell)
 
     def blobs_named(self) -> set[str]:
         return {row[0] for row in self._connection.execute("SELECT DISTINCT digest FROM blobs")}

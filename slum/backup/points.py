@@ -19,7 +19,7 @@ from slum.backup.config import Keys, Settings
 from slum.backup.litestream import LitestreamFailed
 from slum.backup.manifest import Head, Span
 from slum.backup.store import Store
-from slum.errors import ConfigError, SlumError
+from slum.errors import ConfigError, SlumError, Unhealthy
 from slum.frozen import Frozen
 from slum.ledger import schema
 from slum.ledger.refusal import Damaged, Refusal
@@ -35,7 +35,7 @@ class NoBackup(ConfigError):
     """There is nothing to restore, or not what was asked for."""
 
 
-class Broken(SlumError):
+class Broken(Unhealthy):
     """The backup does not hold what its HEAD says; the message says what can be restored."""
 
 
@@ -46,15 +46,31 @@ class Point(Frozen):
     position: Position
     at: float
     """The time of its last entry, by the leader's clock; that of HEAD when the log does not tell."""
-    head: Head
+    member: str
+    """Who wrote it."""
+    generation: int
+    """The highest one that the backup knows of."""
 
 
 def read_head(store: Store) -> Head:
-    """Return HEAD; NoBackup when there is none."""
+    """Return HEAD; NoBackup when there is none, Broken when it cannot be read; both name the claims that are there."""
     found = store.get(manifest.HEAD)
-    if found is None:
-        raise NoBackup("there is no backup at this address", hint="`slum backup status` shows the address in use")
-    return manifest.decode_head(found.data)
+    try:
+        if found is not None:
+            return manifest.decode_head(found.data)
+    except manifest.NotReadable as error:
+        raise _headless(store, error.message, Broken) from error
+    raise _headless(store, f"there is no backup at this address: {manifest.HEAD} is not there", NoBackup)
+
+
+def _headless(store: Store, why: str, kind: type[NoBackup | Broken]) -> SlumError:
+    claims = sorted({listed.name.split("/")[1] for listed in store.list(manifest.CLAIMS)}, key=manifest.order_of)
+    if not claims:
+        return kind(why, hint="is this the right address? `slum backup status` shows the one in use")
+    return kind(
+        f"{why}; the newest of {len(claims)} claims is {claims[-1]}",
+        hint=f"is this the right address? then `slum restore --claim {claims[-1]}` takes what is there",
+    )
 
 
 def restored(
@@ -65,12 +81,16 @@ def restored(
     *,
     seq: int | None = None,
     at: float | None = None,
+    claim: str | None = None,
     tell: Tell = lambda _: None,
 ) -> Point:
     """Restore the newest point, or the one at *seq*, or the last one not after *at*, into *folder*, and check it.
 
-    NoBackup when the point is not there, Broken when it should be.
+    With *claim* it is the newest that can be had of that claim, whatever HEAD says. NoBackup when the point is not there,
+    Broken when it should be.
     """
+    if claim is not None:
+        return _newest_of(store, settings, keys, folder, claim, tell)
     head = read_head(store)
     _check_readable(head)
     if seq is None and at is None:
@@ -98,7 +118,38 @@ def _newest(settings: Settings, keys: Keys, folder: Path, head: Head, span: Span
             f"{span.last_seq - position.seq} entries are lost",
             hint=f"take what there is with --seq {position.seq}",
         )
-    return Point(path=path, position=position, at=_time_of(path, position, head), head=head)
+    return _point(path, position, head)
+
+
+def _newest_of(store: Store, settings: Settings, keys: Keys, folder: Path, claim: str, tell: Tell) -> Point:
+    """Return the newest that can be had of *claim*, which needs no HEAD."""
+    if not manifest.is_claim(claim):
+        raise NoBackup(f"{claim[:60]!r} is no claim", hint="they are called as in 1795345389476-000003")
+    found = store.get(f"{manifest.prefix_of(claim)}/claim.json")
+    by = None if found is None else manifest.decode_claim(found.data)
+    path = folder / "newest.db"
+    tell(f"restoring claim {claim}")
+    try:
+        _restore_what_is_left(litestream.replica(settings, keys, claim), path)
+        position = check(path, None)
+    except (LitestreamFailed, Refusal) as error:
+        path.unlink(missing_ok=True)
+        raise Broken(f"nothing can be restored of claim {claim}: {error}", hint="name another one") from error
+    last = mirror.logged(path, seq=position.seq)
+    return Point(
+        path=path,
+        position=position,
+        at=last.at if last else by.at if by else 0.0,
+        member=by.member if by else "",
+        generation=position.generation,
+    )
+
+
+def _point(path: Path, position: Position, head: Head, at: float | None = None) -> Point:
+    if at is None:
+        found = mirror.logged(path, seq=position.seq)
+        at = head.at if found is None else found.at
+    return Point(path=path, position=position, at=at, member=head.member, generation=head.generation)
 
 
 def _earlier(
@@ -114,8 +165,12 @@ def _earlier(
     """Return the point at *seq* or *at* within *span*."""
     log, target = folder / "log.db", litestream.replica(settings, keys, span.claim)
     tell(f"restoring the log of claim {span.claim}")
-    _restore_what_is_left(target, log)
-    end = check(log, None)
+    try:
+        _restore_what_is_left(target, log)
+        end = check(log, None)
+    except (LitestreamFailed, Refusal) as error:
+        log.unlink(missing_ok=True)
+        raise _broken(settings, keys, folder, head, span, error) from error
     first = seq if seq is not None and seq <= end.seq else None
     if seq is not None and first is None:
         if seq <= span.last_seq:
@@ -126,16 +181,19 @@ def _earlier(
         first = end.seq
     wanted = mirror.logged(log, seq=first) if first is not None else mirror.logged(log, at=at)
     if wanted is not None and wanted.seq == end.seq:
-        return Point(path=log, position=end, at=wanted.at, head=head)
+        return _point(log, end, head, wanted.at)
     path = folder / "point.db"
     for base in _bases(target, path, wanted.mirrored_at if wanted else span.first_at, tell):
         if wanted is None:
             # Before the first entry of the log: the claim's own beginning is as near as it gets.
             if first is None or base.seq == first:
-                return Point(path=path, position=base, at=span.first_at, head=head)
+                return _point(path, base, head, span.first_at)
         elif base.seq <= wanted.seq:
-            position = mirror.replay(path, log, wanted.seq)
-            return Point(path=path, position=position, at=wanted.at, head=head)
+            try:
+                position = mirror.replay(path, log, wanted.seq)
+            except Refusal as error:
+                raise _broken(settings, keys, folder, head, span, error) from error
+            return _point(path, position, head, wanted.at)
         path.unlink()
     raise NoBackup(
         "the backup holds no state from before this point any more", hint="choose a later one: keep_days bounds it"
@@ -149,12 +207,13 @@ def _bases(target: dict[str, Any], path: Path, before: float, tell: Tell) -> Ite
     for step_s in STEPS_S:
         if before - step_s < oldest:
             break
-        with suppress(LitestreamFailed):
+        with suppress(LitestreamFailed, Refusal):
+            path.unlink(missing_ok=True)
             litestream.restore(target, path, at=before - step_s)
             tell(f"found a state from {step_s:g} s before")
             yield check(path, None)
     for segment in sorted({segment.last for segment in found})[:3]:
-        with suppress(LitestreamFailed):
+        with suppress(LitestreamFailed, Refusal):
             path.unlink(missing_ok=True)
             litestream.restore(target, path, txid=segment)
             yield check(path, None)
@@ -252,11 +311,6 @@ def _check_log(path: Path, position: Position) -> None:
 def _chain_at(path: Path, seq: int) -> str | None:
     found = mirror.logged(path, seq=seq)
     return None if found is None else found.chain
-
-
-def _time_of(path: Path, position: Position, head: Head) -> float:
-    found = mirror.logged(path, seq=position.seq)
-    return head.at if found is None else found.at
 
 
 def _check_readable(head: Head) -> None:

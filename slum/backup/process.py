@@ -18,11 +18,13 @@ import sqlite3
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from slum import log
+from slum.alive import Alive
 from slum.backup import claims, status, verify, writer
 from slum.backup.config import Keys, Settings, keys_of, load, secrets_file
 from slum.backup.litestream import LitestreamFailed
@@ -33,6 +35,7 @@ from slum.errors import ConfigError, SlumError
 from slum.ledger import follow
 from slum.ledger.client import connect
 from slum.ledger.commands import LeaderInfo, NoteEvent, Proposal, Record, new_request_id
+from slum.ledger.reader import Reader
 from slum.ledger.refusal import Damaged
 from slum.paths import Home, checked_home
 
@@ -44,6 +47,8 @@ LEADER_TIMEOUT_S = 2.0
 TELL_S = 5.0
 STATUS_S = 5.0
 LOCK_S = 10.0
+SLICE_S = 0.5
+"""So long it waits at a stretch: it tells the keeper in between that it lives."""
 SUBJECT = "cluster:backup"
 
 
@@ -53,6 +58,7 @@ class Backup:
     def __init__(self, home: Home) -> None:
         self._home = home
         self._stopping = threading.Event()
+        self._alive = Alive()
         self._settings: Settings | None = None
         self._loaded_from: tuple[float, ...] = ()
         self._keys = Keys("", "")
@@ -82,13 +88,19 @@ class Backup:
         try:
             with asyncio.Runner() as runner:
                 while not self._stopping.is_set():
+                    self._alive.tell()
                     more = self._turn(runner, lock)
                     self._say()
                     if not more:
-                        self._stopping.wait(self._pause())
+                        self._wait(self._pause())
         finally:
             self._close()
             os.close(lock)
+
+    def _wait(self, pause_s: float) -> None:
+        end = time.monotonic() + pause_s
+        while (left := end - time.monotonic()) > 0 and not self._stopping.wait(min(left, SLICE_S)):
+            self._alive.tell()
 
     def _pause(self) -> float:
         return (self._settings.interval_ms / 1000) if self._settings is not None and self._writer is not None else 0.25
@@ -126,7 +138,14 @@ class Backup:
                 return False
             self._behind_since = self._behind_since or now
             self._writer = writer.opened(
-                self._home, settings, self._keys, store, member=self._member, note=_note, lock=lock
+                self._home,
+                settings,
+                self._keys,
+                store,
+                member=self._member,
+                note=_note,
+                lock=lock,
+                tell=self._alive.tell,
             )
             log.get().info("backup_started", claim=self._writer.claim, seq=self._writer.seq, url=settings.url)
         if self._verified is not None:
@@ -138,9 +157,9 @@ class Backup:
             self._watch_lag(runner)
             return more
         more = self._writer.step()
-        self._trouble, self._attempts = None, 0
+        self._trouble, self._attempts, self._told_of = None, 0, ""
         self._watch_lag(runner)
-        self._verify_when_due(settings, store)
+        self._verify_when_due(settings)
         return more
 
     def _fail(self, error: SlumError, pause_s: float) -> None:
@@ -172,7 +191,7 @@ class Backup:
         self._settings = load(self._home)
         if self._settings is not None:
             self._keys = keys_of(self._settings, os.environ, secrets_file(self._home))
-            self._store = open_store(self._settings, self._keys)
+            self._store = open_store(self._settings, self._keys, self._alive.tell)
         self._loaded_from = stamps
 
     def _leads(self, runner: asyncio.Runner) -> bool:
@@ -182,7 +201,11 @@ class Backup:
             found = runner.run(_leader(self._home))
             self._member = found.member or ""
             if not found.is_self:
+                self._leads_until, self._is_alarmed = 0.0, False
                 return False
+            if self._leads_until == 0.0:
+                # Whoever led before may have raised it, or this process before it was killed.
+                self._is_alarmed = _is_alarm_out(self._home)
             self._leads_until = now + LEADER_S
         return True
 
@@ -211,7 +234,8 @@ class Backup:
 
     def _tell_verified(self, runner: asyncio.Runner, found: Verified) -> None:
         if found.ok:
-            self._tell(runner, "backup_verified", f"restored sequence {found.seq} in {found.took_s:.1f} s")
+            text = f"restored sequence {found.seq} in {found.took_s:.1f} s"
+            self._tell(runner, "backup_verified", f"{text}; {found.why}" if found.why else text)
         else:
             self._tell(runner, "backup_verify_failed", found.why)
 
@@ -228,7 +252,7 @@ class Backup:
 
     # --- verification ------------------------------------------------------------------------------------------------
 
-    def _verify_when_due(self, settings: Settings, store: Store) -> None:
+    def _verify_when_due(self, settings: Settings) -> None:
         if settings.verify_hours == 0 or self._writer is None or self._writer.seq < 0:
             return
         if self._verifying is not None:
@@ -238,10 +262,12 @@ class Backup:
         last = self._writer.verified
         if last is not None and time.time() - last.at < settings.verify_hours * 3600:
             return
-        self._verifying = threading.Thread(target=self._verify, args=(settings, store), name="verify", daemon=True)
+        # With a store of its own, that tells nobody that this process lives: its loop must.
+        own = (open_store(settings, self._keys), settings)
+        self._verifying = threading.Thread(target=self._verify, args=own, name="verify", daemon=True)
         self._verifying.start()
 
-    def _verify(self, settings: Settings, store: Store) -> None:
+    def _verify(self, store: Store, settings: Settings) -> None:
         self._verified = verify.verified(store, settings, self._keys, self._home.backup)
 
     # --- what is shown -----------------------------------------------------------------------------------------------
@@ -281,6 +307,14 @@ class Backup:
 
 
 CALM = frozenset({"backup_caught_up", "backup_verified"})
+
+
+def _is_alarm_out(home: Home) -> bool:
+    """Tell whether the ledger's last word about the backup is that it is behind."""
+    with closing(Reader(home.state)) as reader:
+        last = {kind: reader.events(kind=kind, limit=1, newest=True) for kind in ("backup_behind", "backup_caught_up")}
+    behind, over = (found[-1].number if found else 0 for found in last.values())
+    return behind > over
 
 
 async def _leader(home: Home) -> LeaderInfo:

@@ -32,7 +32,10 @@ from slum.ledger.world import Config
 from slum.paths import Home
 
 OURS = frozenset(
-    ("agent", "bundles", "services", "logs", "front", "boot.json", "server.toml", "server.env", "backup", "state")
+    (
+        *("agent", "boot.json", "bundles", "caches", "front", "logs", "router", "services", "wheels"),
+        *("backup", "server.env", "server.toml", "state"),
+    )
 )
 """What may lie in a data folder that has lost its control plane: services there live on."""
 
@@ -92,6 +95,7 @@ def restore(
     *,
     seq: int | None,
     at: float | None,
+    claim: str | None = None,
     member: str | None,
     recovery_key: str | None,
     actor: str,
@@ -107,9 +111,9 @@ def restore(
     work.state.mkdir(mode=0o700, parents=True)
     temporary.chmod(0o700)
     try:
-        point = points.restored(store, settings, keys, temporary, seq=seq, at=at, tell=tell)
+        point = points.restored(store, settings, keys, temporary, seq=seq, at=at, claim=claim, tell=tell)
         _check_machine(home, point)
-        name = member or member_here(home) or point.head.member or "m1"
+        name = member or member_here(home) or point.member or "m1"
         path = work.state / folder.FIRST_STATE
         mirror.strip(point.path)
         point.path.rename(path)
@@ -127,7 +131,7 @@ def restore(
             sealed=sealed,
         )
         tell("fetching bundles")
-        missing = bundles.bring(store, work.blobs, _blobs_of(path))
+        missing = bundles.bring(store, work.blobs, bundles.named(path))
         folder.move_current(work.state, path.name)
         check_empty(home)
         if home.state.exists():
@@ -182,7 +186,7 @@ def _begin(
     config: Config,
     sealed: Sealed | None,
 ) -> Position:
-    generation = max(point.position.generation + 1, point.head.generation + 1, int(now * 1000))
+    generation = max(point.position.generation + 1, point.generation + 1, int(now * 1000))
 
     def make_journal(epoch: EpochRow) -> None:
         identity = folder.journal_id(point.position.cluster_id, epoch)
@@ -236,11 +240,12 @@ def _authority(work: Home, path: Path, recovery_key: str | None) -> tuple[str, S
 
     ((certificate, box, recovery),) = rows
     own = trust.own_recipient(work)
-    sealed = authority.reseal(box, recovery_key, {recovery, own})
+    try:
+        sealed = authority.reseal(box, recovery_key, {recovery, own})
+    except ConfigError as error:
+        raise ConfigError(
+            "this recovery key does not open the authority of the fleet in the backup; nothing was changed",
+            hint="it is the one that `slum server init` gave when the fleet's control plane was made",
+        ) from error
     trust.write(work.authority_certificate, certificate.encode())
     return "opened", (sealed, own)
-
-
-def _blobs_of(path: Path) -> set[str]:
-    with closing(sqlite3.connect(path)) as db:
-        return {row[0] for row in db.execute("SELECT DISTINCT digest FROM blobs")}

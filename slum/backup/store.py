@@ -17,14 +17,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 from slum.backup.config import Keys, Place, Settings, place_of
 from slum.errors import ConfigError, SlumError, Unreachable
 
 CALL_S = 20
 RETRY_S = 10
+CHUNK_BYTES = 1 << 20
+PART_BYTES = 5 << 20
+"""What is larger goes and comes in such parts, one after the other: on a slow line each has the time of a whole call."""
 TEXT_MAX = 300
+HINT = "look at the address, the credentials and the network; it is tried again by itself"
+HINTS = (
+    (("TooSkewed", "RequestExpired"), "this machine's clock, or the store's, is wrong: set it"),
+    (
+        ("403", "401", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied"),
+        "look at AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and at what that key may do: get, put, list and delete",
+    ),
+    (("507", "QuotaExceeded", "InsufficientStorage", "StorageFull"), "the store is full: give it room"),
+)
+"""By what stands in a store's answer."""
+Tell = Callable[[], None]
 
 
 class StoreError(Unreachable):
@@ -76,9 +90,10 @@ class Store(Protocol):
     def delete(self, name: str) -> None: ...
 
 
-def open_store(settings: Settings, keys: Keys) -> Store:
+def open_store(settings: Settings, keys: Keys, tell: Tell = lambda: None) -> Store:
+    """Return the store that *settings* name. *tell* is called before each call, and with each chunk of a long one."""
     place = place_of(settings)
-    return FolderStore(Path(place.path)) if place.kind == "file" else S3Store(settings, place, keys)
+    return FolderStore(Path(place.path), tell) if place.kind == "file" else S3Store(settings, place, keys, tell)
 
 
 def probe(store: Store) -> None:
@@ -110,9 +125,11 @@ def _must_be_taken(write: Callable[[], str], what: str) -> None:
 
 
 class S3Store:
-    def __init__(self, settings: Settings, place: Place, keys: Keys) -> None:
+    def __init__(self, settings: Settings, place: Place, keys: Keys, tell: Tell = lambda: None) -> None:
         from obstore.store import S3Store as Inner
 
+        self._tell = tell
+        self._bucket = place.bucket
         options: dict[str, Any] = {"timeout": f"{CALL_S}s", "connect_timeout": "5s"}
         if settings.endpoint.startswith("http://"):
             options["allow_http"] = True
@@ -130,80 +147,94 @@ class S3Store:
         )
 
     def get(self, name: str) -> Object | None:
-        with _translated(name):
+        with self._translated(name):
             try:
                 found = self._inner.get(name)
                 return Object(bytes(found.bytes()), found.meta["e_tag"] or "")
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                self._require_bucket(error)
                 return None
 
     def get_file(self, name: str, path: Path) -> bool:
-        with _translated(name):
+        with self._translated(name):
             try:
-                found = self._inner.get(name)
+                size = self._inner.head(name)["size"]
             except FileNotFoundError:
                 return False
             with path.open("xb") as file:
-                for chunk in found.stream(min_chunk_size=1 << 20):
-                    file.write(chunk)
+                for start in range(0, size, PART_BYTES):
+                    file.write(self._inner.get_range(name, start=start, end=min(start + PART_BYTES, size)))
             return True
 
     def create(self, name: str, data: bytes) -> str:
         return self._put(name, data, "create")
 
     def create_file(self, name: str, path: Path) -> bool:
-        with _translated(name):
+        with self._translated(name):
             try:
                 self._inner.head(name)
             except FileNotFoundError:
-                # Named by its digest, so two that write it write the same; large ones go in parts.
-                self._inner.put(name, path)
+                # Named by its digest, so two that write it write the same.
+                if path.stat().st_size <= PART_BYTES:
+                    self._inner.put(name, path)
+                else:
+                    with path.open("rb") as file:
+                        self._inner.put(name, self._chunks(file), chunk_size=PART_BYTES, max_concurrency=1)
                 return True
             return False
+
+    def _chunks(self, file: IO[bytes]) -> Iterator[bytes]:
+        while chunk := file.read(CHUNK_BYTES):
+            self._tell()
+            yield chunk
 
     def replace(self, name: str, data: bytes, tag: str) -> str:
         return self._put(name, data, {"e_tag": tag})
 
     def list(self, prefix: str) -> Iterator[Listed]:
-        with _translated(prefix):
+        with self._translated(prefix):
             for chunk in self._inner.list(f"{prefix}/"):
                 for meta in chunk:
                     yield Listed(meta["path"], meta["size"], meta["last_modified"].timestamp())
 
     def delete(self, name: str) -> None:
-        with _translated(name):
+        with self._translated(name):
             try:
                 self._inner.delete(name)
             except FileNotFoundError:
                 return
 
     def _put(self, name: str, data: bytes, mode: Any) -> str:
-        with _translated(name):
+        with self._translated(name):
             return self._inner.put(name, data, mode=mode)["e_tag"] or ""
 
+    def _require_bucket(self, error: Exception) -> None:
+        if "NoSuchBucket" in str(error):
+            raise StoreError(f"the store has no bucket {self._bucket}", hint="make it, or mend `url`") from None
 
-@contextmanager
-def _translated(name: str) -> Iterator[None]:
-    """Turn the library's errors into ours; they name server and code, never a credential."""
-    from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError, NotModifiedError, PreconditionError
+    @contextmanager
+    def _translated(self, name: str) -> Iterator[None]:
+        """Turn the library's errors into ours; they name server and code, never a credential."""
+        from obstore.exceptions import AlreadyExistsError, BaseError, NotModifiedError, PreconditionError
 
-    try:
-        yield
-    except (AlreadyExistsError, PreconditionError, NotModifiedError, NotFoundError) as error:
-        raise Taken(f"{name} is not as it was read: somebody else writes here too") from error
-    except BaseError as error:
-        text = " ".join(str(error).partition("Debug source")[0].split())
-        raise StoreError(
-            f"the store does not do what it is asked: {text[:TEXT_MAX]}",
-            hint="look at the address, the credentials and the network; it is tried again by itself",
-        ) from None
+        self._tell()
+        try:
+            yield
+        except (AlreadyExistsError, PreconditionError, NotModifiedError, FileNotFoundError) as error:
+            self._require_bucket(error)
+            raise Taken(f"{name} is not as it was read: somebody else writes here too") from error
+        except BaseError as error:
+            text = " ".join(str(error).partition("Debug source")[0].split())
+            hint = next((hint for words, hint in HINTS if any(word in text for word in words)), HINT)
+            raise StoreError(f"the store does not do what it is asked: {text[:TEXT_MAX]}", hint=hint) from None
 
 
 class FolderStore:
     """Objects are files; their tag is the digest of their bytes. Whoever replaces one holds the folder's lock."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tell: Tell = lambda: None) -> None:
         self._folder = folder
+        self._tell = tell
 
     def get(self, name: str) -> Object | None:
         with _file_errors(self._folder):
@@ -220,7 +251,7 @@ class FolderStore:
             except FileNotFoundError:
                 return False
             with source, path.open("xb") as file:
-                while chunk := source.read(1 << 20):
+                while chunk := source.read(CHUNK_BYTES):
                     file.write(chunk)
             return True
 
@@ -237,7 +268,7 @@ class FolderStore:
         with _file_errors(self._folder):
             if (self._folder / name).exists():
                 return False
-        with path.open("rb") as source, self._fresh(name, iter(lambda: source.read(1 << 20), b"")) as temporary:
+        with path.open("rb") as source, self._fresh(name, iter(lambda: source.read(CHUNK_BYTES), b"")) as temporary:
             temporary.rename(self._folder / name)
         _sync_folder((self._folder / name).parent)
         return True
@@ -254,6 +285,7 @@ class FolderStore:
     def list(self, prefix: str) -> Iterator[Listed]:
         with _file_errors(self._folder):
             for path in sorted((self._folder / prefix).rglob("*")):
+                self._tell()
                 if path.is_file() and path.name[0] != ".":
                     status = path.stat()
                     yield Listed(str(path.relative_to(self._folder)), status.st_size, status.st_mtime)
@@ -281,6 +313,7 @@ class FolderStore:
                 descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
                 with os.fdopen(descriptor, "wb") as file:
                     for chunk in chunks:
+                        self._tell()
                         file.write(chunk)
                     file.flush()
                     os.fsync(file.fileno())

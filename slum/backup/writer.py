@@ -17,7 +17,7 @@ from slum.backup.config import Keys, Settings
 from slum.backup.litestream import Child, LitestreamFailed
 from slum.backup.manifest import Head, Verified
 from slum.backup.mirror import Feed, Mirror, backlog_bytes
-from slum.backup.store import Store, Taken, probe
+from slum.backup.store import Store, Taken, Tell, probe
 from slum.errors import SlumError
 from slum.ledger import follow, schema
 from slum.ledger.schema import Position
@@ -46,9 +46,18 @@ class Writer:
     """A claim in force. Make one with opened()."""
 
     def __init__(
-        self, home: Home, settings: Settings, keys: Keys, store: Store, claim: str, mirror: Mirror, lock: int
+        self,
+        home: Home,
+        settings: Settings,
+        keys: Keys,
+        store: Store,
+        claim: str,
+        mirror: Mirror,
+        lock: int,
+        tell: Tell = lambda: None,
     ) -> None:
         self._home = home
+        self._tell = tell
         self._settings = settings
         self._store = store
         self._mirror = mirror
@@ -131,6 +140,7 @@ class Writer:
         while not self._control.exists():
             if not self._child.runs or time.monotonic() > end:
                 raise LitestreamFailed("litestream does not start", hint="its words are in the log of the backup")
+            self._tell()
             time.sleep(0.01)
 
     def close(self) -> None:
@@ -142,6 +152,7 @@ class Writer:
         """Apply a bounded number of entries; True when it was not all."""
         end = time.monotonic() + self._settings.interval_ms / 1000
         while batch := self._feed.next(self._mirror.position):
+            self._tell()
             done = 0
             while done < len(batch):
                 taken = self._mirror.apply(batch[done:], time.time())
@@ -171,7 +182,7 @@ class Writer:
         first_s = self._mirror.path.stat().st_size / SYNC_BYTES_S if self.seq < 0 else 0.0
         # Alarms are looked at in between.
         try:
-            synced = self._child.sync(first_s + max(2.0, min(SYNC_S, self._settings.alarm / 2)))
+            synced = self._child.sync(first_s + max(2.0, min(SYNC_S, self._settings.alarm / 2)), self._tell)
         except LitestreamFailed:
             self._is_doubtful = True
             raise
@@ -179,7 +190,7 @@ class Writer:
             raise LitestreamFailed(f"litestream sent transaction {synced.replicated_txid} of {synced.txid}")
         if self._may_hash():
             began = time.monotonic()
-            self._rows = (self._mirror.row_hash(), at.seq)
+            self._rows = (self._mirror.row_hash(self._tell), at.seq)
             self._rows_at = time.monotonic()
             self._rows_cost_s = self._rows_at - began
         self._move_head(at, synced.txid)
@@ -247,7 +258,7 @@ class Writer:
         is_ours = self.head.generation == at.generation and self.head.lineage == at.lineage
         if is_ours and manifest.number_of(self.head.claim) > manifest.number_of(self.claim):
             raise Superseded(f"claim {self.head.claim} of {self.head.member} has replaced {self.claim}")
-        claims.allow(self.head, at, seq=max(at.seq, self.head.seq))
+        claims.allow(self.head, at)
         if self.verified is None:
             self.verified = self.head.verified
 
@@ -271,8 +282,18 @@ class Writer:
             self._sent_blobs.discard(digest)
 
 
-def opened(home: Home, settings: Settings, keys: Keys, store: Store, *, member: str, note: Note, lock: int) -> Writer:
-    """Return the writer of the claim that this member has or takes now, its HEAD moved.
+def opened(
+    home: Home,
+    settings: Settings,
+    keys: Keys,
+    store: Store,
+    *,
+    member: str,
+    note: Note,
+    lock: int,
+    tell: Tell = lambda: None,
+) -> Writer:
+    """Return the writer of the claim that this member has or takes now, its HEAD moved; *tell* is called all the while.
 
     NotAllowed and Ignored say that a person must decide; StoreError and LitestreamFailed that it may be tried again.
     """
@@ -280,12 +301,13 @@ def opened(home: Home, settings: Settings, keys: Keys, store: Store, *, member: 
     head_found = store.get(manifest.HEAD)
     head = None if head_found is None else manifest.decode_head(head_found.data)
     standing = follow.standing(home.state)
-    claims.allow(head, standing, seq=standing.seq)
+    claims.allow(head, standing)
+    claims.check_follows(head, home.state, standing)
     probe(store)
     writer = None
     resumed = claims.resumed(folder, settings, store, head, standing)
     if resumed is None:
-        mirror = Mirror.make(home.state, folder / claims.MIRROR)
+        mirror = Mirror.make(home.state, folder / claims.MIRROR, tell)
         try:
             claim = claims.claim_of_our_own(folder, settings, store, head, mirror.position, member)
         except BaseException:
@@ -296,7 +318,7 @@ def opened(home: Home, settings: Settings, keys: Keys, store: Store, *, member: 
         claim, mirror = resumed
         note("backup_resumed", claim=claim, seq=mirror.position.seq)
     try:
-        writer = Writer(home, settings, keys, store, claim, mirror, lock)
+        writer = Writer(home, settings, keys, store, claim, mirror, lock, tell)
         writer.start()
     except BaseException:
         if writer is not None:

@@ -75,15 +75,43 @@ def status(asked: Invocation) -> int | None:
     settings, _keys, store = settings_of(asked, None, None, None, None)
     found = said.read(asked.home)
     head = _head(store)
-    well = _is_well(found, head)
+    now = time.time()
+    waiting, waiting_s = _waiting(asked, found, head, now)
+    well = _is_well(found, head, now) and (waiting == 0 or waiting_s <= settings.alarm)
     if asked.json:
         trouble = head.message if isinstance(head, SlumError) else ""
         shown = None if isinstance(head, SlumError) else head
-        asked.emit({"url": settings.url, "ok": well, "trouble": trouble, "process": found, "head": shown})
+        asked.emit(
+            {
+                "url": settings.url,
+                "ok": well,
+                "trouble": trouble,
+                "waiting": waiting,
+                "waiting_s": round(waiting_s, 3),
+                "process": found,
+                "head": shown,
+            }
+        )
         return None if well else Unhealthy.exit_code
-    for line in _lines(asked, settings, found, head, time.time()):
+    for line in _lines(asked, settings, found, head, waiting, waiting_s, now):
         asked.say(line)
     return None if well else Unhealthy.exit_code
+
+
+def _waiting(
+    asked: Invocation, found: Status | None, head: Head | SlumError | None, now: float
+) -> tuple[int | None, float]:
+    """Return how many entries of this machine's ledger are not in the store, for how long; None when nobody knows.
+
+    Asked of the ledger itself, so that it is seen too when the process that should send them does not run.
+    """
+    from slum.ledger import folder, follow
+
+    known = head if head is not None and not isinstance(head, SlumError) else found.head if found is not None else None
+    if known is None or folder.current(asked.home.state) is None:
+        return None, 0.0
+    entries, since = follow.after(asked.home.state, known.generation, known.seq)
+    return entries, 0.0 if since is None else max(0.0, now - since)
 
 
 def _head(store: Store) -> Head | SlumError | None:
@@ -96,45 +124,53 @@ def _head(store: Store) -> Head | SlumError | None:
         return error
 
 
-def _is_well(found: Status | None, head: Head | SlumError | None) -> bool:
+def _is_well(found: Status | None, head: Head | SlumError | None, now: float) -> bool:
     if isinstance(head, SlumError) or head is None:
         return False
     if head.verified is not None and not head.verified.ok:
         return False
-    return found is None or (found.state in ("running", "waiting") and time.time() - found.at < STALE_S)
+    return found is None or (found.state in ("running", "waiting") and now - found.at < STALE_S)
 
 
 def _lines(
-    asked: Invocation, settings: Settings, found: Status | None, head: Head | SlumError | None, now: float
+    asked: Invocation,
+    settings: Settings,
+    found: Status | None,
+    head: Head | SlumError | None,
+    waiting: int | None,
+    waiting_s: float,
+    now: float,
 ) -> list[str]:
-    from slum.render import clean, seconds, size
+    from slum.render import clean, quantity, seconds, size
 
     lines = [f"backup     {settings.url}"]
     lines.append(f"process    {_process(asked, found, now)}")
+    waits = f", {size(found.backlog_bytes)} beside the mirror" if found is not None and found.backlog_bytes else ""
+    if waiting == 0:
+        lag = asked.paint("nothing is waiting", "good")
+    elif waiting is not None:
+        worse = "bad" if waiting_s > settings.alarm else "warn"
+        lag = asked.paint(f"{quantity(waiting, 'entry', 'entries')}, {seconds(waiting_s)}", worse) + waits
+    else:
+        lag = ""
     if isinstance(head, SlumError):
-        return [
-            *lines,
-            f"store      {asked.paint('does not answer', 'bad')}: {clean(head.message)}",
-            f"  next: {head.hint}",
-        ]
+        lines.append(f"store      {asked.paint('does not answer', 'bad')}: {clean(head.message)}")
+        return [*lines, *([f"lag        {lag}"] if lag else []), f"  next: {head.hint}"]
     if head is None:
         return [*lines, f"store      {asked.paint('empty', 'warn')}: nothing has been sent yet"]
     lines.append(
         f"store      sequence {head.seq}, revision {head.revision}, {seconds(now - head.at)} ago by {head.member or 'nobody'}"
     )
-    lag = found.lag if found is not None and now - found.at < STALE_S else None
-    if lag is not None and found is not None:
-        text = "nothing is waiting" if lag == 0 else f"{lag} entries, {found.lag_s:.1f} s"
-        lines.append(f"lag        {asked.paint(text, 'good' if lag == 0 else 'warn')}")
+    if lag:
+        lines.append(f"lag        {lag}")
     reach = f"from sequence {head.spans[0].first_seq}, {seconds(now - head.spans[0].first_at)} ago"
     lines.append(f"reach      {reach}; {len(head.spans)} claims, generation {head.generation}")
-    waits = f", {size(found.backlog_bytes)} beside it" if found is not None else ""
-    lines.append(f"size       {size(head.bytes)}{waits}")
+    lines.append(f"size       {size(head.bytes)}")
     if head.verified is None:
         lines.append(f"verified   {asked.paint('never', 'warn')}")
     else:
         word = asked.paint("restored", "good") if head.verified.ok else asked.paint("failed", "bad")
-        why = "" if head.verified.ok else f": {clean(head.verified.why)}"
+        why = f": {clean(head.verified.why)}" if head.verified.why else ""
         lines.append(f"verified   {word} {seconds(now - head.verified.at)} ago, sequence {head.verified.seq}{why}")
     if found is not None and found.hint:
         lines.append(f"  next: {clean(found.hint)}")
@@ -179,6 +215,8 @@ def verify(
         asked.say(
             f"sequence {found.seq} was restored and checked in {found.took_s:.1f} s: {asked.paint('it holds', 'good')}"
         )
+        if found.why:
+            asked.say(f"  {asked.paint(clean(found.why), 'warn')}")
     else:
         asked.say(f"{asked.paint('it does not hold', 'bad')}: {clean(found.why)}")
         if found.hint:

@@ -30,6 +30,7 @@ STYLES = {"+": "good", "~": "warn", "-": "bad", "!": "dim"}
 @click.option("--from", "url", metavar="URL", required=True, help="s3://BUCKET/PREFIX or file:///FOLDER.")
 @click.option("--at", "when", metavar="WHEN", help="As it was then: 10m, 2h, 2026-11-22T12:00.  [default: the newest]")
 @click.option("--seq", metavar="N", type=click.IntRange(0), help="As it was at this sequence of the ledger.")
+@click.option("--claim", metavar="NAME", help="The newest of this claim: when HEAD.json is lost or damaged.")
 @click.option("--member", metavar="NAME", help="What the one member is called.  [default: as it was]")
 @click.option(
     "--recovery-key-file", metavar="FILE", type=click.Path(), help="Opens the fleet's authority for the new member."
@@ -40,6 +41,7 @@ def restore(
     url: str,
     when: str | None,
     seq: int | None,
+    claim: str | None,
     member: str | None,
     recovery_key_file: str | None,
     endpoint: str | None,
@@ -53,8 +55,8 @@ def restore(
     """
     from slum.backup import restore as back
 
-    if when is not None and seq is not None:
-        raise ConfigError("--at and --seq were both given", hint="give one")
+    if sum(one is not None for one in (when, seq, claim)) > 1:
+        raise ConfigError("two of --at, --seq and --claim were given", hint="give one")
     now = time.time()
     at = None if when is None else moment(when, now)
     _require_rest(asked)
@@ -67,6 +69,7 @@ def restore(
         keys,
         seq=seq,
         at=at,
+        claim=claim,
         member=member,
         recovery_key=None if recovery_key_file is None else _key(recovery_key_file),
         actor=f"{getpass.getuser()}@{socket.gethostname()}",

@@ -19,6 +19,7 @@ from slum.ledger import folder, frames, schema
 from slum.ledger.group import command_entry
 from slum.ledger.refusal import Damaged, Refusal
 from slum.ledger.schema import EpochRow, Position
+from slum.ledger.state import replayed_chain
 
 CHUNK_BYTES = 1 << 20
 
@@ -106,6 +107,51 @@ def standing(home: Path) -> Position:
         return schema.read_position(db)
 
 
+def after(home: Path, generation: int, seq: int) -> tuple[int, float | None]:
+    """Return how many entries the ledger in *home* has beyond *seq* of *generation*, and when the first event among them was.
+
+    All of a later generation is beyond; of what has replaced this ledger nothing is.
+    """
+    with closing(_open(home)) as db:
+        now = schema.read_position(db)
+        if now.generation < generation or (now.generation == generation and now.seq <= seq):
+            return 0, None
+        if now.generation > generation:
+            found = db.execute(
+                "SELECT number FROM events WHERE kind = 'generation_began' ORDER BY number DESC LIMIT 1"
+            ).fetchone()
+            number = found[0] if found else now.events
+        else:
+            found = db.execute(
+                "SELECT number FROM events WHERE seq <= ? ORDER BY number DESC LIMIT 1", (seq,)
+            ).fetchone()
+            number = found[0] + 1 if found else 1
+        when = db.execute("SELECT at FROM events WHERE number = ?", (number,)).fetchone()
+        return max(1, now.seq - seq), when[0] if when else None
+
+
+def chain_at(home: Path, seq: int) -> str | None:
+    """Return the chain after entry *seq*, if it is of this epoch or ended one; None when the ledger does not keep it.
+
+    Reads the epoch's journal up to there.
+    """
+    with closing(_open(home)) as db:
+        db.execute("BEGIN")
+        now, epoch = schema.read_position(db), schema.last_epochs(db, 1)[0]
+        found = db.execute(
+            "SELECT chain0 FROM epochs WHERE generation = ? AND seq0 = ?", (now.generation, seq)
+        ).fetchone()
+        if found is not None:
+            return str(found[0])
+        if not epoch.seq0 < seq <= now.seq:
+            return None
+        count = seq - epoch.seq0
+        answers = db.execute("SELECT number, results_hash FROM entries WHERE number <= ? ORDER BY number", (count,))
+        with closing(Tail(home, now.cluster_id, epoch, skip=0)) as tail:
+            chain, number = replayed_chain(epoch.chain0, tail.entries(count), answers)
+        return chain if number == count else None
+
+
 def epoch_row(home: Path, generation: int, epoch: int) -> EpochRow | None:
     with closing(_open(home)) as db:
         row = db.execute("SELECT * FROM epochs WHERE generation = ? AND epoch = ?", (generation, epoch)).fetchone()
@@ -132,4 +178,4 @@ def _open(home: Path) -> sqlite3.Connection:
     return sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=5.0)
 
 
-__all__ = ["Damaged", "Gone", "Tail", "copy", "epoch_row", "standing"]
+__all__ = ["Damaged", "Gone", "Tail", "after", "chain_at", "copy", "epoch_row", "standing"]

@@ -52,15 +52,23 @@ def test_kill_9_of_a_program_is_not_noticed_by_services(site: Site, names: tuple
 
 def test_programs_that_hang_are_started_again_and_services_do_not_notice(site: Site) -> None:
     site.env["SLUM_SILENT_MS"] = "3000"
+    site.data.mkdir()
+    (site.data / "server.toml").write_text(f'[backup]\nurl = "file://{site.folder}/store"\ninterval_ms = 100\n')
     site.apply(echo() + echo("door", more='listen = "fd"'))
     services, answer = service_pids(site), site.get("web")
-    until(lambda: len(list((site.run / "p" / "w").iterdir())) == 3, 15, "agent, server and ledger tell that they live")
-    old = {name: site.pid(name) for name in PROGRAMS}
+    telling = {"agent", "server", "ledger", "backup"}
+    until(lambda: {file.name for file in (site.run / "p" / "w").iterdir()} == telling, 15, "they tell that they live")
+    until(lambda: site.slum("backup", "status", check=False).code == 0, 15, "the backup works")
+    litestream = site.slum("backup", "status", "--json").json["process"]["child_pid"]
+    old = {name: site.pid(name) for name in (*PROGRAMS, "backup")}
     for pid in old.values():
         os.kill(pid, signal.SIGSTOP)
-    until(lambda: all_back(site, PROGRAMS, old), 60, "all programs are back")
+    until(lambda: all_back(site, (*PROGRAMS, "backup"), old), 60, "all programs are back")
     assert site.get("web") == answer
     assert service_pids(site) == services
+    assert not Path(f"/proc/{litestream}").exists(), "no two write below one claim"
+    until(lambda: site.slum("backup", "status", "--json", check=False).json["process"]["pid"] != old["backup"], 20)
+    until(lambda: site.slum("backup", "status", check=False).code == 0, 20, "the backup goes on")
 
 
 def test_kill_9_of_the_keeper_services_live_log_on_and_are_adopted(site: Site) -> None:
