@@ -163,8 +163,7 @@ class Link:
                     await _send(socket, report)
                     full = False
                 if loop.time() >= beat_at:
-                    await _send(socket, self._agent.heartbeat())
-                    await socket.ping()
+                    await _send(socket, self._agent.heartbeat(), ping=True)
                     if loop.time() - socket.heard_at > self._silent_s:
                         return Ended(f"silent for {self._silent_s:g} s")
                     beat_at = loop.time() + HEARTBEAT_S
@@ -226,9 +225,9 @@ class Ended(NamedTuple):
     """For as long as this machine shows what it has shown."""
 
 
-async def _send(socket: WebSocket, *messages: Message) -> None:
+async def _send(socket: WebSocket, *messages: Message, ping: bool = False) -> None:
     try:
         async with asyncio.timeout(SEND_S):
-            await socket.send(*(encoder.encode(message) for message in messages))
+            await socket.send(*(encoder.encode(message) for message in messages), ping=ping)
     except TimeoutError:
         raise Unreachable(f"the member did not read for {SEND_S:g} s") from None

@@ -61,18 +61,16 @@ class WebSocket:
     ) -> None:
         await self.close()
 
-    async def send(self, *messages: bytes) -> None:
-        """Send *messages*; returns when the connection takes more (its buffer is below the high-water mark)."""
-        try:
-            self._writer.write(b"".join(self._protocol.send(BytesMessage(data=data)) for data in messages))
-            await self._writer.drain()
-        except (OSError, ProtocolError) as error:
-            raise Unreachable(f"the member is gone: {error}") from error
+    async def send(self, *messages: bytes, ping: bool = False) -> None:
+        """Send *messages*; returns when the connection takes more (its buffer is below the high-water mark).
 
-    async def ping(self) -> None:
-        """Ask for a sign of life; it shows in ``heard_at``."""
+        *ping* asks for a sign of life, in the same packet; it shows in ``heard_at``.
+        """
         try:
-            self._writer.write(self._protocol.send(Ping()))
+            data = [self._protocol.send(BytesMessage(data=data)) for data in messages]
+            if ping:
+                data.append(self._protocol.send(Ping()))
+            self._writer.write(b"".join(data))
             await self._writer.drain()
         except (OSError, ProtocolError) as error:
             raise Unreachable(f"the member is gone: {error}") from error

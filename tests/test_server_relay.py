@@ -131,6 +131,24 @@ async def test_members_stamp_the_same_config_at_different_times(hub: Hub, elsewh
     assert not hub.seen["t1"].acts_on(desired(10))
 
 
+async def test_figures_alone_wake_nobody(hub: Hub, elsewhere: Elsewhere) -> None:
+    """A thousand agents' heartbeats come every second: whoever waits for a change would look at all of them each time."""
+    elsewhere.take("m2", told(hello(), report(), whole=True))
+    beats = hub.changed.count
+    stats = wire.InstanceStats(service="web", id="main", memory_bytes=7)
+    figures = wire.Heartbeat(at=0.0, load=0.5, memory_available_bytes=1, rss_bytes=1, stats=(stats,))
+    elsewhere.take("m2", told(at=AT_9))
+    assert hub.changed.count == beats + 1, "the agent is up to date now"
+    elsewhere.take("m2", told(figures, at=AT_9))
+    assert hub.changed.count == beats + 1
+    assert hub.seen["t1"].load == 0.5
+    assert hub.seen["t1"].instances["web", "main"].memory_bytes == 7
+    news = (told(report()), told(lost=("t1",)), told(restarted=(("t1", "web", "main", 1),)))
+    for number, one in enumerate((*news, told(at=AT_9, troubles={"t1": "full"})), beats + 2):
+        elsewhere.take("m2", one)
+        assert hub.changed.count == number, one
+
+
 async def test_restarts_are_told_apart_by_what_the_pushing_member_knew(hub: Hub, elsewhere: Elsewhere) -> None:
     elsewhere.take("m2", told(hello(), report(number=4), whole=True))
     elsewhere.take("m2", Told(restarted=(("t1", "web", "main", 3), ("t9", "web", "main", 3))))

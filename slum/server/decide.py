@@ -54,6 +54,12 @@ class Situation:
     """Machines with an action under way, or waiting to be tried again."""
     held: frozenset[str] = frozenset()
     """Machines that are gone and not to be made again now: see vanished.py."""
+    ids: Mapping[tuple[str, str], str] = field(init=False)
+    """By (operator, key) the id of the machine that was observed; of two with one key the first."""
+
+    def __post_init__(self) -> None:
+        pairs = [(name, machine) for name, machines in self.observed.items() for machine in machines]
+        object.__setattr__(self, "ids", {(name, machine.key): machine.id for name, machine in reversed(pairs)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,8 +154,7 @@ def _is_free(want: Wanted, known: Mapping[str, Known], situation: Situation) -> 
 
 def _found(row: Known, situation: Situation) -> str:
     """Return the id of the machine that its operator has seen for this incarnation, or ""."""
-    key = key_of(row.machine, row.incarnation)
-    return next((machine.id for machine in situation.observed[row.operator] if machine.key == key), "")
+    return situation.ids.get((row.operator, key_of(row.machine, row.incarnation)), "")
 
 
 def _create(want: Wanted, incarnation: int) -> Create:

@@ -44,10 +44,9 @@ def desired_of(world: World, machine: str, tenement: Tenement | None) -> Desired
 
 def advance(old: Mapping[str, Desired], world: World) -> dict[str, Desired]:
     """Return each machine's Desired in *world*; one whose content did not change keeps its old stamp, and is the same."""
-    declared = {machine: tenement for tenement in world.fleet.tenements for machine in tenement.machine_names}
     new = {}
-    for machine in sorted(declared.keys() | world.machines.keys()):
-        now, before = desired_of(world, machine, declared.get(machine)), old.get(machine)
+    for machine in sorted(world.declared.keys() | world.machines.keys()):
+        now, before = desired_of(world, machine, world.declared.get(machine)), old.get(machine)
         same = before is not None and msgspec.structs.replace(now, stamp=before.stamp) == before
         new[machine] = before if same and before is not None else now
     return new

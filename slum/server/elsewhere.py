@@ -46,7 +46,8 @@ class Elsewhere:
         self._troubles: dict[str, dict[str, str]] = {}
 
     def take(self, member: str, told: Told) -> None:
-        """Merge what *member* told."""
+        """Merge what *member* told. Everybody who watches looks again, unless it was figures and signs of life alone."""
+        is_news = bool(told.whole or told.lost or told.restarted)
         if told.whole:
             self._lose(member)
         for machine, data in told.heard:
@@ -55,6 +56,7 @@ class Elsewhere:
             except msgspec.DecodeError as error:
                 log.get().warning("member_told_nonsense", member=member, machine=machine, error=str(error))
                 continue
+            is_news = is_news or isinstance(message, wire.Hello | wire.Report)
             if isinstance(message, wire.Hello):
                 self._adopt(member, machine, message)
             else:
@@ -68,10 +70,12 @@ class Elsewhere:
         if not told.whole and told.at.seq:
             behind = set(told.behind)
             for machine, seen in self._all_of(member):
-                if machine not in behind:
-                    seen.as_of = told.at
-            self._troubles[member] = told.troubles
-        self._hub.changed.beat()
+                if machine not in behind and seen.as_of != told.at:
+                    seen.as_of, is_news = told.at, True
+            if self._troubles.get(member, {}) != told.troubles:
+                self._troubles[member], is_news = told.troubles, True
+        if is_news:
+            self._hub.changed.beat()
 
     def gone(self, member: str) -> None:
         """The line to *member* broke: what its agents do is not known any more."""

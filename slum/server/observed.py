@@ -28,10 +28,11 @@ def tenements(
     world: World, seen: Mapping[str, Seen], troubles: Mapping[str, str], now: float, started: float
 ) -> tuple[api.TenementView, ...]:
     """Return one view a machine, declared or still existing, sorted by name; *now* and *started* are monotonic."""
-    declared = {machine: tenement for tenement in world.fleet.tenements for machine in tenement.machine_names}
     return tuple(
-        _tenement(world, machine, declared.get(machine), seen.get(machine), troubles.get(machine, ""), now, started)
-        for machine in sorted(declared.keys() | world.machines.keys())
+        _tenement(
+            world, machine, world.declared.get(machine), seen.get(machine), troubles.get(machine, ""), now, started
+        )
+        for machine in sorted(world.declared.keys() | world.machines.keys())
     )
 
 

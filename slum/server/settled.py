@@ -39,12 +39,11 @@ def steps(
 ) -> tuple[api.Progress, ...]:
     """Return one step for each machine and instance, in a stable order; *since* is when the wait's cause was committed."""
     found: list[api.Progress] = []
-    declared = {machine: tenement for tenement in world.fleet.tenements for machine in tenement.machine_names}
-    for machine in sorted(declared.keys() | world.machines.keys()):
-        if machine not in declared:
+    for machine in sorted(world.declared.keys() | world.machines.keys()):
+        if machine not in world.declared:
             found.append(api.Progress(what="tenement", name=machine, state="leaving", detail=troubles.get(machine, "")))
             continue
-        tenement, known = declared[machine], seen.get(machine)
+        tenement, known = world.declared[machine], seen.get(machine)
         is_current = _is_current(known, desired.get(machine))
         found.append(_machine_step(world, machine, known, troubles, is_current=is_current, since=since))
         overrides = {(o.service, o.id): o for o in world.overrides.get(machine, ())}

@@ -39,17 +39,22 @@ class World:
     """Every incarnation of every machine."""
     paused: PauseRow | None = None
     """Set after a restore, until somebody resumes: agents are told nothing, and nothing is done to machines."""
+    declared: Mapping[str, Tenement] = field(init=False)
+    """The machines that the fleet declares, each with the [tenement.X] that it is one of; in the fleet's order."""
+
+    def __post_init__(self) -> None:
+        declared = {machine: tenement for tenement in self.fleet.tenements for machine in tenement.machine_names}
+        object.__setattr__(self, "declared", declared)
 
     def tenement_of(self, machine: str) -> Tenement | None:
         """Return the [tenement.X] that *machine* is one of, if the fleet declares it."""
-        return next((t for t in self.fleet.tenements if machine in t.machine_names), None)
+        return self.declared.get(machine)
 
     def placed(self) -> tuple[tuple[str, Tenement, Service, str], ...]:
         """Return (machine, tenement, service, id) of every instance that the fleet declares."""
         return tuple(
             (machine, tenement, service, instance)
-            for tenement in self.fleet.tenements
-            for machine in tenement.machine_names
+            for machine, tenement in self.declared.items()
             for service in tenement.services
             for instance in service.instances
         )
