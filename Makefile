@@ -56,7 +56,7 @@ cluster-down: $(VENV)/.dev  ## end them
 	@$(PY) tests/cluster_site.py down
 
 bench: $(VENV)/.dev  ## all benchmarks, one after the other; figures to docs/benchmarks.md by hand
-	@for b in $(filter-out benchmarks/measure.py,$(wildcard benchmarks/*.py)); do echo "== $$b"; $(PY) $$b || exit 1; done
+	@for b in $(filter-out %/measure.py %_load.py %_peer.py,$(wildcard benchmarks/*.py)); do echo "== $$b"; $(PY) $$b || exit 1; done
 
 ssh-hosts: $(VENV)/.dev  ## hosts with sshd in namespaces of this machine, N=5 of them, SYSTEMD=1 by systemd; prints a slum.toml
 	@$(PY) tests/ssh_hosts.py up $(or $(N),5) --systemd $(or $(SYSTEMD),0)
