@@ -516,6 +516,20 @@ def test_what_makes_no_sense_is_undone_and_answered(tmp_path: Path, command: Any
         s.done(note())
 
 
+def test_what_makes_no_sense_takes_nothing_with_it_that_came_in_the_same_entry(tmp_path: Path) -> None:
+    together, alone = scribe(tmp_path, "a.db"), scribe(tmp_path, "b.db")
+    with together as s, alone as other:
+        good, bad = note(why="good"), note(at=float("nan"))
+        results = s.apply(good, bad, desired(fleet(service("web")), 0), good).results
+        assert [type(result).__name__ for result in results] == ["Done", "Rejected", "Done", "Done"]
+        for command in (good, bad, desired(fleet(service("web")), 0), good):
+            other.apply(command)
+        written = "SELECT kind, subject, why FROM events ORDER BY number"
+        assert s.state._db.execute(written).fetchall() == other.state._db.execute(written).fetchall()
+        assert s.state.position.events == other.state.position.events
+        assert s.state.position.results == other.state.position.results
+
+
 few = st.sampled_from(["a", "b", "here", "web"])
 words = few | st.text(max_size=12)
 numbers = st.integers(0, 3) | st.integers(-(2**63), 2**64 - 1)

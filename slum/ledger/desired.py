@@ -139,6 +139,7 @@ def _changes_since(turn: Turn, base_revision: int) -> tuple[str, ...]:
     """Return in words who changed what after *base_revision*, newest last, at most DETAILS_MAX lines."""
     row = turn.db.execute("SELECT max(seq) FROM revisions WHERE revision <= ?", (base_revision,)).fetchone()
     marks = ", ".join("?" * len(FLEET_KINDS))
+    turn.events.flush()
     newest = turn.db.execute(
         f"SELECT actor, kind, subject, before, after FROM events WHERE seq > ? AND kind IN ({marks})"
         " ORDER BY number DESC LIMIT ?",

@@ -29,7 +29,7 @@ Columns = tuple[int, int, float, str, str, str, str, str | None, str | None]
 
 
 class EventWriter:
-    """Appends events within one transaction; *number* and *head* move with each."""
+    """Appends events within one transaction; *number* and *head* move with each. Written by flush(), many at once."""
 
     def __init__(self, db: sqlite3.Connection, *, number: int, head: str, seq: int, at: float) -> None:
         self._db = db
@@ -37,6 +37,18 @@ class EventWriter:
         self.head = head
         self._seq = seq
         self._at = at
+        self._rows: list[tuple[Any, ...]] = []
+
+    def flush(self) -> None:
+        """Write what was added; whoever reads events in the same transaction calls it first."""
+        if self._rows:
+            self._db.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", self._rows)
+            self._rows.clear()
+
+    def forget(self, number: int, head: str) -> None:
+        """Forget what was added since *number* and *head* were those of the newest, and not written."""
+        self._rows.clear()
+        self.number, self.head = number, head
 
     def add(
         self,
@@ -64,10 +76,7 @@ class EventWriter:
         self.head = next_hash(self.head, columns)
         self.number += 1
         number, seq, when, who, what, about, because, was, is_ = columns
-        self._db.execute(
-            "INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (number, seq, when, who, what, about, service_of(about), because, was, is_, self.head),
-        )
+        self._rows.append((number, seq, when, who, what, about, service_of(about), because, was, is_, self.head))
 
     def add_notes(self, notes: Iterable[NoteEvent], actor: str) -> None:
         for note in notes:

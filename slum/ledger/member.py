@@ -22,6 +22,7 @@ from slum.ledger.adopt import adopt, is_our_future, who
 from slum.ledger.beginning import Note
 from slum.ledger.catchup import CatchUp
 from slum.ledger.changes import Change, Changes, Told
+from slum.ledger.checkpoints import Checkpoints
 from slum.ledger.commands import PROTOCOL, LeaderInfo
 from slum.ledger.commands import Member as MemberRow
 from slum.ledger.epoch import Epoch
@@ -75,6 +76,7 @@ class Member:
         self._former = {row.id: row for row in fence.former(home)}
         self._guests: dict[str, MemberRow] = self._former
         self._catch_up = CatchUp(home, self, post=self._net.send, clock=world.clock, apart=world.apart, note=note)
+        self._checkpoints = Checkpoints(clock=world.clock, apart=world.apart)
         self._watch = Watch(self._me.id, self._peers, self._rows, guard, clock=world.clock, note=note)
         self._epoch = self._made(opened_journal, skip)
         self._offers = Offers(
@@ -182,6 +184,7 @@ class Member:
         Raises OSError or SlumError when the disk fails or an entry cannot be applied: the member is then dead.
         """
         self._watch.look(self.position.members)
+        self._checkpoints.look(self.state)
         if self._offers.is_ready:
             self._offers.note(self._watch.news(self._world.now()))
         self._offers.upgrade()
@@ -262,6 +265,7 @@ class Member:
         )
 
     def close(self) -> None:
+        self._checkpoints.close()
         self._epoch.group.close()
         self._epoch.journal.close()
         self._retained.close()

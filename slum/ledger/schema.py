@@ -19,6 +19,9 @@ from slum.ledger.commands import Member
 from slum.ledger.refusal import RESTORE, Damaged, Refusal
 
 HASHED_ROWS = 200
+_LATER = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
+WAL_PAGES = 32768
+"""128 MiB: from here on SQLite makes a checkpoint at every commit; before, checkpoints.py does."""
 SCHEMA = 1
 
 _TABLES = """
@@ -136,9 +139,24 @@ _COLUMNS = Position.__struct_fields__
 def connect(path: Path) -> sqlite3.Connection:
     """Open state.db for its one writer; statements outside BEGIN ... COMMIT commit by themselves."""
     db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=256)
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "journal_size_limit=8388608", "temp_store=MEMORY"):
+    for pragma in (
+        "journal_mode=WAL",
+        "synchronous=FULL",
+        f"wal_autocheckpoint={WAL_PAGES}",
+        "journal_size_limit=33554432",
+        "temp_store=MEMORY",
+    ):
         db.execute(f"PRAGMA {pragma}").close()
     return db
+
+
+def checkpoint(db: sqlite3.Connection) -> None:
+    """Copy of the WAL what can be copied without waiting for anybody; raise sqlite3.Error when the disk fails."""
+    try:
+        db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+    except sqlite3.Error as error:
+        if error.sqlite_errorcode & 0xFF not in _LATER:
+            raise
 
 
 def create_tables(db: sqlite3.Connection, protocol: int) -> None:

@@ -32,7 +32,7 @@ from slum.ledger.commands import (
 from slum.ledger.events import PAUSED, RECONCILE, EventWriter, first_bad
 from slum.ledger.perform import StateFailed, perform, seal, start_leader
 from slum.ledger.refusal import RESTORE, Damaged, Refusal
-from slum.ledger.results import ResultBook, parse_request_id
+from slum.ledger.results import RequestId, ResultBook, parse_request_id
 from slum.ledger.schema import EpochRow, Position
 from slum.ledger.turn import Turn
 
@@ -118,7 +118,14 @@ class State:
             try:
                 self._db.execute("COMMIT")
             except sqlite3.Error as error:
-                raise self._failed(error) from error
+                raise self.failed(error) from error
+
+    def checkpoint(self) -> None:
+        """Copy the WAL into state.db as far as no reader holds it; outside of any transaction."""
+        try:
+            schema.checkpoint(self._db)
+        except sqlite3.Error as error:
+            raise self.failed(error) from error
 
     def _set_sync(self, full: bool) -> None:
         self._db.execute(f"PRAGMA synchronous={'FULL' if full else 'NORMAL'}").close()
@@ -177,11 +184,12 @@ class State:
             if seals:
                 self._set_sync(self._syncs_all)
         except sqlite3.Error as error:
-            raise self._failed(error) from error
+            raise self.failed(error) from error
         self.position = applied.position
         return applied
 
-    def _failed(self, error: sqlite3.Error) -> StateFailed:
+    def failed(self, error: sqlite3.Error) -> StateFailed:
+        """Return what ends the member after *error*."""
         return StateFailed(
             f"{self._path}: {error} while applying entry {self.position.seq + 1}",
             hint="free space on its disk or replace it, then start again; nothing acknowledged is lost",
@@ -229,6 +237,7 @@ class State:
             events.add(PAUSED, RECONCILE, actor=actor, why=paused)
         if also is not None:
             also(self._db, events)
+        events.flush()
         chain = hashlib.sha256(f"{was.chain}/{generation}/{lineage}".encode()).hexdigest()
         position = msgspec.structs.replace(
             was,
@@ -252,6 +261,17 @@ class State:
         return position
 
     def _apply(self, entry: Entry, data: bytes) -> Applied:
+        """Apply *entry*: first as one whole, and when some command of it turns out to make no sense, one by one."""
+        self._db.execute("SAVEPOINT entry")
+        try:
+            applied = self._applied(entry, data, one_by_one=False)
+        except _INPUT_ERRORS:
+            self._db.execute("ROLLBACK TO entry")
+            applied = self._applied(entry, data, one_by_one=True)
+        self._db.execute("RELEASE entry")
+        return applied
+
+    def _applied(self, entry: Entry, data: bytes, *, one_by_one: bool) -> Applied:
         was = self.position
         seq = was.seq + 1
         events = EventWriter(self._db, number=was.events, head=was.events_hash, seq=seq, at=entry.header.at)
@@ -266,14 +286,19 @@ class State:
             members=was.members,
         )
         stale = is_stale(entry, was)
-        book = ResultBook(self._db, was.results, was.results_floor)
+        requests = [parse_request_id(proposal.request_id) for proposal in entry.proposals]
+        book = ResultBook(self._db, was.results, was.results_floor, [made.key for made in requests if made])
+        perform_one = self._attempt if one_by_one else perform
         results: list[Result] = []
-        for proposal in entry.proposals:
+        for proposal, request in zip(entry.proposals, requests, strict=True):
             if stale:
                 results.append(turn.rejected("stale", "its leader had been replaced"))
+            elif isinstance(proposal.command, Barrier | LeaderStarted | Seal):
+                results.append(_own(turn, proposal, alone=len(entry.proposals) == 1))
             else:
-                results.append(self._answer(turn, proposal, book, alone=len(entry.proposals) == 1))
-        book.prune(self._results_kept)
+                results.append(_answer(turn, proposal, request, book, perform_one))
+        turn.events.flush()
+        book.flush(self._results_kept)
         results_hash = hashlib.sha256(_encode(results)).digest()
         chain = next_chain(was.chain, data, results_hash)
         position = msgspec.structs.replace(
@@ -301,44 +326,19 @@ class State:
         schema.write_position(self._db, position)
         return Applied(position, entry.proposals, tuple(results), stale, epoch)
 
-    def _answer(self, turn: Turn, proposal: Proposal, book: ResultBook, *, alone: bool) -> Result:
-        """Return the first answer to this request id, or apply the command and keep its answer."""
-        command = proposal.command
-        if isinstance(command, Barrier):
-            return turn.done()
-        if isinstance(command, LeaderStarted | Seal) and not alone:
-            return turn.rejected("invalid", "this command stands alone in its entry")
-        turn.actor = proposal.actor
-        if isinstance(command, LeaderStarted):
-            return start_leader(turn, command)
-        if isinstance(command, Seal):
-            return seal(turn, command)
-        parsed = parse_request_id(proposal.request_id)
-        if parsed is None:
-            return turn.rejected("invalid", f"{proposal.request_id[:80]!r} is not a request id")
-        request, seen = parsed
-        first = book.find(request)
-        if first is not None:
-            return first
-        if seen < book.floor:
-            return turn.rejected(
-                "too_old", f"the request was made at sequence {seen}, answers are kept from {book.floor} on"
-            )
-        if seen >= turn.seq:
-            return turn.rejected("invalid", f"the request claims to have seen sequence {seen}, this is {turn.seq}")
-        result = self._attempt(turn, command)
-        book.keep(request, turn.seq, result)
-        return result
-
     def _attempt(self, turn: Turn, command: AnyCommand) -> Result:
         """Apply *command*, undoing all of it when it turns out to make no sense."""
-        before = (turn.events.number, turn.events.head, turn.revision, turn.protocol)
+        turn.events.flush()
+        before = (turn.revision, turn.protocol)
+        number, head = turn.events.number, turn.events.head
         turn.db.execute("SAVEPOINT attempt")
         try:
             result = perform(turn, command)
+            turn.events.flush()
         except _INPUT_ERRORS as error:
             turn.db.execute("ROLLBACK TO attempt")
-            turn.events.number, turn.events.head, turn.revision, turn.protocol = before
+            turn.events.forget(number, head)
+            turn.revision, turn.protocol = before
             result = turn.rejected("invalid", f"{type(command).__name__} cannot be applied: {type(error).__name__}")
         turn.db.execute("RELEASE attempt")
         return result
@@ -364,12 +364,52 @@ def bootstrap(path: Path, position: Position, *, actor: str, at: float) -> None:
         members = [member.id for member in position.members]
         after = {"generation": position.generation, "members": members}
         events.add("cluster_created", f"cluster:{position.cluster_id}", actor=actor, after=after)
+        events.flush()
         position = msgspec.structs.replace(position, events=events.number, events_hash=events.head)
         schema.write_epoch(db, schema.new_epoch(position, position.epoch))
         schema.write_position(db, position)
         db.execute("COMMIT")
     finally:
         db.close()
+
+
+def _own(turn: Turn, proposal: Proposal, *, alone: bool) -> Result:
+    """Apply a command of the ledger itself, which has no request id."""
+    turn.actor = proposal.actor
+    match proposal.command:
+        case LeaderStarted() as command if alone:
+            return start_leader(turn, command)
+        case Seal() as command if alone:
+            return seal(turn, command)
+        case Barrier():
+            return turn.done()
+        case _:
+            return turn.rejected("invalid", "this command stands alone in its entry")
+
+
+def _answer(
+    turn: Turn,
+    proposal: Proposal,
+    request: RequestId | None,
+    book: ResultBook,
+    perform_one: Callable[[Turn, AnyCommand], Result],
+) -> Result:
+    """Return the first answer to this request id, or apply the command and keep its answer."""
+    turn.actor = proposal.actor
+    if request is None:
+        return turn.rejected("invalid", f"{proposal.request_id[:80]!r} is not a request id")
+    first = book.find(request.key)
+    if first is not None:
+        return first
+    if request.seen < book.floor:
+        return turn.rejected(
+            "too_old", f"the request was made at sequence {request.seen}, answers are kept from {book.floor} on"
+        )
+    if request.seen >= turn.seq:
+        return turn.rejected("invalid", f"the request claims to have seen sequence {request.seen}, this is {turn.seq}")
+    result = perform_one(turn, proposal.command)
+    book.keep(request.key, turn.seq, result)
+    return result
 
 
 def _may_seal(entry: Entry) -> bool:
