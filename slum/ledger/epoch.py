@@ -20,7 +20,10 @@ from slum.ledger.world import World
 
 
 class Epoch:
-    """One group and what belongs to it. *stands* makes it call an election as soon as a majority is there."""
+    """One group and what belongs to it. *stands* makes it call an election as soon as a majority is there.
+
+    *known_at* is when this member last had applied all that a leader had committed: how old what it shows may be.
+    """
 
     def __init__(
         self,
@@ -34,9 +37,11 @@ class Epoch:
         post: Callable[[str, Message], None],
         on_entry: Callable[[bytes], None],
         stands: bool,
+        known_at: float,
     ) -> None:
         now = world.clock()
         self.begun_at = now
+        self.known_at = known_at
         self.place: Place = (position.generation, position.epoch)
         self.journal = journal
         self.skip = skip
@@ -98,6 +103,12 @@ class Epoch:
         if stand:
             self.election.must_stand = False
         self.group.tick(stand=stand)
+        if self.group.leads:
+            self.known_at = self._clock()
+        elif self.wire is not None and self.wire.told is not None and self.group.backlog == 0:
+            told_at, commit = self.wire.told
+            if self.group.commit >= commit:
+                self.known_at, self.wire.told = told_at, None
 
     def lag_of(self, peer: str) -> int | None:
         """Return how many entries of this epoch *peer* has not acknowledged to us, its leader; None for a learner."""

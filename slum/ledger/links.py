@@ -86,6 +86,8 @@ class Links:
 
     def receive(self, wait_s: float) -> list[Event]:
         self._dial_missing(time.monotonic())
+        if self._dial_at.keys() - self._up.keys():
+            wait_s = min(wait_s, REDIAL_S)
         busy = self._events or any(link.has_more for link in self._links.values())
         for descriptor, event in self._poll.poll(0 if busy else wait_s):
             if descriptor == self.wake.descriptor:

@@ -78,7 +78,9 @@ class Member:
         self._catch_up = CatchUp(home, self, post=self._net.send, clock=world.clock, apart=world.apart, note=note)
         self._checkpoints = Checkpoints(clock=world.clock, apart=world.apart)
         self._watch = Watch(self._me.id, self._peers, self._rows, guard, clock=world.clock, note=note)
-        self._epoch = self._made(opened_journal, skip)
+        # What the newest event tells of is the last that is sure to be known.
+        known_at = world.clock() - max(0.0, world.now() - state.newest_event_at())
+        self._epoch = self._made(opened_journal, skip, known_at)
         self._offers = Offers(
             self,
             run=run,
@@ -161,7 +163,8 @@ class Member:
             leader=leader,
             lags={name: epoch.lag_of(name) for name in self._peers.up} if leader == self._me.id else {},
             now=now,
-            age_s=0.0 if leader == self._me.id else epoch.election.silence_s(now),
+            age_s=0.0 if leader == self._me.id else now - epoch.known_at,
+            silence_s=0.0 if leader == self._me.id else epoch.election.silence_s(now),
             queued=self.proposer.queued,
             alarms=self._watch.alarms(),
         )
@@ -261,7 +264,6 @@ class Member:
             or self._catch_up.busy
             or self._changes.pending is not None
             or self._watch.own_clock_is_wrong
-            or self._peers.lacks_somebody
         )
 
     def close(self) -> None:
@@ -332,10 +334,10 @@ class Member:
         self._me = who(self._home, self.position)
         self._offers.settle_later(changed=was.keys() != {row.id for row in members}, leaves=left)
         self._guests = {**self._former, **sealing.guests_after(was, members, self._me.id)}
-        self._epoch = self._made(fresh, replay.Skip(self.state, checked=True))
+        self._epoch = self._made(fresh, replay.Skip(self.state, checked=True), ended.known_at)
         self._begin()
 
-    def _made(self, opened_journal: journal.Journal, skip: replay.Skip) -> Epoch:
+    def _made(self, opened_journal: journal.Journal, skip: replay.Skip, known_at: float) -> Epoch:
         """Start the group of the epoch that state.db is in."""
         # Alone, state.db is what there is when the journal is damaged.
         self.state.sync_all(len({row.id for row in self.position.members} | {self._me.id}) == 1)
@@ -350,6 +352,7 @@ class Member:
             post=self._net.send,
             on_entry=self._on_entry,
             stands=leads_next or sealing.begins(self.position, self._me.id),
+            known_at=known_at,
         )
 
     def _begin(self) -> None:
@@ -452,6 +455,6 @@ class Member:
         self._history = self.state.history()
         opened_journal, skip = replay.open_epoch(self._home, self.state, self._config.epoch_bytes, self._note)
         folder.remove_old_journals(self._home, self.state.epochs(2))
-        self._epoch = self._made(opened_journal, skip)
+        self._epoch = self._made(opened_journal, skip, self._epoch.known_at)
         self._begin()
         return True

@@ -131,11 +131,6 @@ class Peers:
         return tuple(self._peers)
 
     @property
-    def lacks_somebody(self) -> bool:
-        """Tell whether somebody who is let in is not connected."""
-        return len(self._peers) < len(self._known)
-
-    @property
     def ping_at(self) -> float:
         """When the others are pinged next."""
         return self._next_ping

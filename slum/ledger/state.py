@@ -160,6 +160,11 @@ class State:
     def row_hash(self) -> str:
         return schema.row_hash(self._db)
 
+    def newest_event_at(self) -> float:
+        """Return the time of the newest event (unix seconds)."""
+        (at,) = self._db.execute("SELECT at FROM events ORDER BY number DESC LIMIT 1").fetchone()
+        return float(at)
+
     def fleet_bytes(self) -> int:
         """Return the packed size of the newest fleet."""
         row = self._db.execute("SELECT length(fleet) FROM revisions ORDER BY revision DESC LIMIT 1").fetchone()

@@ -65,7 +65,7 @@ class LedgerStatus(Sparse):
     term: int
     seq: int
     age_s: float
-    """How old this member's knowledge may be: since it last heard a leader; 0 when it leads."""
+    """How old what it shows may be: since it last had all that a leader had committed; 0 when it leads."""
     majority: bool
     """A majority is in reach from here: changes can be committed."""
     protocol: int
@@ -74,6 +74,8 @@ class LedgerStatus(Sparse):
     members: tuple[MemberStatus, ...]
     """In the order of the members list, then learners."""
     alarms: tuple[Alarm, ...] = ()
+    silence_s: float = 0.0
+    """Since it last heard a leader, or began to listen; 0 when it leads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +101,7 @@ def report(
     lags: Mapping[str, int | None],
     now: float,
     age_s: float,
+    silence_s: float,
     queued: int,
     alarms: tuple[Alarm, ...],
 ) -> LedgerStatus:
@@ -146,7 +149,8 @@ def report(
         protocol=position.protocol,
         queued=queued,
         members=tuple(members),
-        alarms=(*_leaderless(me.id, leader, age_s), *alarms, *_refusals(rows.values(), sights)),
+        alarms=(*_leaderless(me.id, leader, silence_s), *alarms, *_refusals(rows.values(), sights)),
+        silence_s=silence_s,
     )
 
 

@@ -72,6 +72,8 @@ class Wire(Transport):  # type: ignore[misc]  # PySyncObj has no types
         self._feeding = False
         self._votes: tuple[int, set[str]] = (0, set())
         self._acknowledged: dict[str, int] = {}
+        self.told: tuple[float, int] | None = None
+        """When a leader said that how much is committed; whoever has applied that takes it away."""
 
     def attach(self, group: Group) -> None:
         self._group = group
@@ -175,6 +177,7 @@ class Wire(Transport):  # type: ignore[misc]  # PySyncObj has no types
                     self._post(peer, HigherTerm(place=self.place, term=group.term))
                 else:
                     self._election.heard_leader(now)
+                    self.told = self.told or (now, message.commit)
                     self._append(peer, message)
             case NextIndex():
                 if message.term == group.term and group.leads:

@@ -6,6 +6,7 @@ this member must serve no more, the mark that says so.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection
 
 from slum.ledger import clocks, disk, fence
@@ -17,6 +18,8 @@ from slum.ledger.rows import Differ, Rows
 from slum.ledger.status import Alarm
 
 CLOCKS_PERIOD_S = 0.3
+LOOKS = 3
+"""A clock is wrong that is found so as often in a row: when ours jumps, the others' words of after it come one by one."""
 CLOCK_HINT = "set it right (chrony or systemd-timesyncd keep it so); nothing was harmed"
 
 
@@ -34,6 +37,7 @@ class Watch:
         self._rows_differ: Differ | None = None
         self._refusal: Refusal | None = None
         self._wrong: dict[str, float] = {}
+        self._looks: deque[dict[str, float]] = deque(maxlen=LOOKS)
         self._differ: dict[str, float] = {}
         self._told: frozenset[str] = frozenset()
 
@@ -76,7 +80,11 @@ class Watch:
     def _look_at_clocks(self) -> None:
         offsets = self._peers.offsets
         was = {**self._wrong, **self._differ}
-        self._wrong, self._differ = clocks.wrong(offsets, self._me), clocks.differ(offsets, self._me)
+        found = clocks.wrong(offsets, self._me)
+        self._looks.append(found)
+        surely = len(self._looks) == LOOKS
+        self._wrong = {name: off for name, off in found.items() if surely and all(name in look for look in self._looks)}
+        self._differ = clocks.differ(offsets, self._me)
         for event, found in (("clock_wrong", self._wrong), ("clocks_differ", self._differ)):
             for name, off_s in found.items():
                 if name not in was:

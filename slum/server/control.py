@@ -116,7 +116,7 @@ class Control:
         if len(members) < 2 or self.me not in members:  # one that has left may still finish leaving
             return
         status = await self.link.status()
-        if status.majority or status.age_s < LASTING_S:
+        if status.majority or status.silence_s < LASTING_S:
             return
         reached = sum(member.role in ("leader", "follower") for member in status.members)
         raise QuorumLost(

@@ -17,6 +17,7 @@ from slum.ledger.commands import Barrier, NoteEvent, Proposal, Record, Rejected,
 
 AT_ONCE = 3
 AGAIN_S = 1.5
+"""Longer than the slowest answer of a member that hears a leader."""
 REFUSED_S = 0.1
 
 
@@ -27,6 +28,9 @@ class Op:
     proposal: Proposal
     text: str
     began_at: float
+    asked: str = ""
+    """The member that it was given to last; "" once that has refused it."""
+    asked_at: float = 0.0
     again_at: float = 0.0
     seq: int = 0
     done_at: float = 0.0
@@ -41,19 +45,23 @@ class Clients:
         self.open: list[Op] = []
         self.calm = False
         """No new ones are begun."""
-        self._pause_s = chance.choice([0.0, 0.03, 0.1])
+        self._pause_s = chance.choice([0.05, 0.2, 0.5])
         self._next_at = 0.0
 
-    @property
-    def answered(self) -> int:
-        return len(self.all) - len(self.open)
+    def require_answers(self, within_s: float, *, deaf: str) -> None:
+        """Raise Failed when somebody waits for longer than *within_s* at a member other than *deaf*."""
+        for op in self.open:
+            if op.asked not in ("", deaf) and self._clock.at - op.asked_at > within_s:
+                raise Failed(f"{op.text or 'a barrier'} was not answered in {within_s} s by {op.asked}")
 
     def work(self) -> None:
         now = self._clock.at
         for op in [op for op in self.open if now >= op.again_at]:
             self._ask(op)
-        while not self.calm and len(self.open) < AT_ONCE and now >= self._next_at:
-            self._next_at = now + self._pause_s * self._chance.random()
+        if self.calm or now < self._next_at:
+            return
+        self._next_at = now + self._pause_s * self._chance.random()
+        for _ in range(self._chance.randint(0, AT_ONCE - len(self.open))):
             request_id = f"{self._chance.getrandbits(128):032x}:0"
             text = "" if self._chance.random() < 0.15 else str(len(self.all))
             command = (
@@ -69,25 +77,30 @@ class Clients:
         alive = self._nodes.alive
         if not alive:
             return
-        member = self._chance.choice(alive).member
+        node = self._chance.choice(alive)
+        member = node.member
         assert member is not None
+        op.asked, op.asked_at = node.name, self._clock.at
 
         def take(answer: Result | SlumError) -> None:
             if isinstance(answer, SlumError):
-                op.again_at = self._clock.at + REFUSED_S
+                if op.asked == node.name:
+                    op.asked = ""
+                    op.again_at = self._clock.at + REFUSED_S
                 return
             if isinstance(answer, Rejected):
                 raise Failed(f"{op.text}: {answer}")
             if op in self.open:
                 self.open.remove(op)
                 op.seq, op.done_at = answer.seq, self._clock.at
-                if op.text == "" and member.position.seq < answer.seq:
-                    raise Failed("a barrier was answered before its member had applied it")
+                if member.position.seq < answer.seq or member.state._db.in_transaction:
+                    raise Failed(f"{op.text or 'a barrier'} was answered before its member's state.db had it")
 
         try:
             member.proposer.submit(op.proposal, take, seq=member.position.seq)
         except SlumError:
             return
+        member.wake.set()
 
     # --- the end -----------------------------------------------------------------------------------------------------
 

@@ -31,6 +31,8 @@ class Mutation:
     """Of each schedule; 0 for the usual mixture."""
     rolling: bool | None = None
     """Only schedules in which logs differ a lot, or only others; None for the usual mixture."""
+    strays: float | None = None
+    """So many messages arrive twice; None for the usual mixture."""
 
 
 def _replace(owner: Any, name: str, new: Any) -> None:
@@ -185,14 +187,29 @@ def _no_pre_vote() -> None:
 
 ALL = (
     Mutation("commit-clamp", "commit only what the message covers", _unclamped, 300, rolling=True),
-    Mutation("own-end", "acknowledge only what the message covers, not the log's own end", _own_end, 300, rolling=True),
+    Mutation(
+        "own-end",
+        "acknowledge only what the message covers, not the log's own end",
+        _own_end,
+        300,
+        rolling=True,
+        strays=0.5,
+    ),
     Mutation("sync-alone", "sync before a group of one counts its own entries", _unsynced_alone, 300),
     Mutation("sync-before-send", "sync before any message leaves", _unsynced_send, 100),
     Mutation("sync-seal", "sync state.db at a Seal: the next journal's votes hang on it", _unsynced_seal, 300),
     Mutation("sync-before-count", "a leader's entries are on its disk before it counts itself", _counted_early, 100),
-    Mutation("one-vote", "one vote a peer a term", _votes_without_a_name, 300, members=5),
-    Mutation("vote-term", "votes count in their own term only", _votes_of_any_term, 300, rolling=True),
-    Mutation("answer-term", "answers to appends count in their own term only", _answers_of_any_term, 300, rolling=True),
+    Mutation("one-vote", "one vote a peer a term", _votes_without_a_name, 100, members=5, strays=0.5),
+    Mutation("vote-term", "votes count in their own term only", _votes_of_any_term, 300, rolling=True, strays=0.5),
+    Mutation(
+        "answer-term",
+        "answers to appends count in their own term only",
+        _answers_of_any_term,
+        300,
+        members=5,
+        rolling=True,
+        strays=0.5,
+    ),
     Mutation("stale-headers", "headers of an older leader take no effect", _stale_headers, 100),
     Mutation("overlap", "what is held is not cut and added again", _overlap_cut, 100),
     Mutation("pre-vote", "ask before standing for election", _no_pre_vote, 100),

@@ -24,11 +24,12 @@ from slum.ledger import identity
 from slum.ledger.beginning import Beginning, begin
 from slum.ledger.commands import Member as MemberRow
 from slum.ledger.joiner import Joiner, pending
-from slum.ledger.member import Member
+from slum.ledger.member import TICK_S, Member
 from slum.ledger.opening import opened
+from slum.ledger.service import IDLE_S
 from slum.ledger.world import Config, World
 
-TICK_S = 0.04
+LOOK_S = 0.05
 SOON_S = 0.0002
 STALL_S = 0.06
 CLUSTER = "c0ffee"
@@ -62,7 +63,7 @@ class Node:
         if self.joiner is None and self.member is None:
             return self.up_at
         assert self.net is not None
-        at = self.next_at if not self.net.events else 0.0
+        at = self.next_at if not self.net.events and not self.net.wake.is_set else 0.0
         return max(min(at, self.net.arrival), self.paused_until)
 
 
@@ -126,10 +127,14 @@ class Nodes:
     def turn(self, end: float) -> None:
         """Move to the next thing that happens, at *end* at the latest, and let it."""
         self.switch.keep()
-        here = [node for node in self.all.values() if not node.gone]
-        due = {node.name: node.due for node in here}
-        now = self.clock.at = max(self.clock.at, min(end, self.switch.look_at, *due.values()))
-        ready = [node for node in here if due[node.name] <= now]
+        first, due = min(end, self.switch.look_at), []
+        for node in self.all.values():
+            if not node.gone:
+                at = node.due
+                due.append((at, node))
+                first = min(first, at)
+        now = self.clock.at = max(self.clock.at, first)
+        ready = [node for at, node in due if at <= now]
         if len(ready) > 1:
             self.chance.shuffle(ready)
         for node in ready:
@@ -167,15 +172,16 @@ class Nodes:
             self.say(node, "disk full", {"at": self.faults.last})
             self.end(node)
             return
-        # What it has just taken in is worked on soon; else the next tick is.
-        node.next_at = self.clock.at + (SOON_S if self.faults.moved else TICK_S)
+        # As long as it would wait if nothing came; a little longer where that is only to look around.
+        wait_s = member._patience(IDLE_S)
+        node.next_at = self.clock.at + (max(SOON_S, wait_s) if wait_s < TICK_S else max(LOOK_S, wait_s))
         self.witness.look(node.name, member, self.clock.at)
         for take, answer in member.proposer.release():
             take(answer)
 
     def _join(self, node: Node) -> None:
         assert node.joiner is not None
-        node.next_at = self.clock.at + TICK_S
+        node.next_at = self.clock.at + LOOK_S
         try:
             done = node.joiner.step(0.0)
         except (Crash, OSError):

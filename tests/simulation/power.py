@@ -6,6 +6,7 @@ them a checkpoint has synced and copied. Frames behind the cut are gone, as they
 
 from __future__ import annotations
 
+import os
 import random
 import sqlite3
 import struct
@@ -17,6 +18,11 @@ FULL = 2
 _HEADER_BYTES, _FRAME_HEADER_BYTES = 32, 24
 _synced: dict[Path, tuple[bytes, int]] = {}
 """Of each state.db: the WAL's salts and how many of its frames were synced by a commit."""
+
+
+def forget() -> None:
+    """Another schedule begins."""
+    _synced.clear()
 
 
 def syncs(db: sqlite3.Connection) -> bool:
@@ -64,9 +70,11 @@ def _wal(path: Path) -> Path:
 
 def _index(path: Path) -> tuple[int, bytes, int]:
     """Return (frames that count, the WAL's salts, frames that a checkpoint has copied)."""
-    shm = path.with_name(path.name + "-shm")
-    if not shm.exists():
+    try:
+        descriptor = os.open(f"{path}-shm", os.O_RDONLY)
+    except FileNotFoundError:
         return 0, b"", 0
-    head = shm.read_bytes()[:100]
+    head = os.pread(descriptor, 100, 0)
+    os.close(descriptor)
     (frames,), (copied,) = struct.unpack("=I", head[16:20]), struct.unpack("=I", head[96:100])
     return frames, head[32:40], copied

@@ -7,9 +7,10 @@ import random
 import shutil
 from pathlib import Path
 
+from simulation import power
 from simulation.clients import Clients
 from simulation.faults import Faults
-from simulation.nodes import CLUSTER, TICK_S, Node, Nodes
+from simulation.nodes import CLUSTER, LOOK_S, Node, Nodes
 from simulation.switch import Clock, Switch
 from simulation.witness import Failed, Witness
 from slum.errors import SlumError
@@ -22,6 +23,10 @@ from slum.ledger.member import Member
 from slum.ledger.world import Config
 
 CALM_S = 60.0
+KNOWN_S = 1.0
+PROBE_S = 2.0
+ANSWER_S = 1.4
+"""Longer than everything takes when nothing fails, and shorter than a client waits."""
 YEAR_S = 365 * 86400.0
 KINDS = (
     "crash", "crash", "crash_leader", "crash_leader", "crash_all", "armed", "armed", "armed", "cut", "cut", "block",
@@ -43,7 +48,8 @@ ROLLING = (
 
 
 class Schedule:
-    """*rolling*: nothing but leaders that write much and are cut off, so that logs differ; None leaves it to the seed."""
+    """*rolling*: nothing but leaders that write much and are cut off, so that logs differ; *strays*: so many messages arrive twice. None leaves
+    it to the seed."""
 
     def __init__(
         self,
@@ -53,11 +59,13 @@ class Schedule:
         members: int = 3,
         troubles: int = 12,
         rolling: bool | None = None,
+        strays: float | None = None,
         trace: bool = False,
     ) -> None:
         chance = self.chance = random.Random(seed)
         self.clock = Clock()
         group.simulate(self.clock.now, chance)
+        power.forget()
         self.witness = Witness()
         self.faults = Faults(chance, self.witness)
         # Slow networks and short timeouts make many elections, whose messages cross each other.
@@ -67,10 +75,10 @@ class Schedule:
         self.hurries = hurry < 1.0
         drawn = chance.random() < 0.25
         self.rolling = drawn if rolling is None else rolling
-        strays = chance.choice([0.0, 0.05, 0.3])
-        self.switch = Switch(self.clock, chance, delay_s, strays=strays)
+        doubled = chance.choice([0.0, 0.05, 0.3])
+        self.switch = Switch(self.clock, chance, delay_s, strays=doubled if strays is None else strays)
         timing = Timing(
-            election_min_s=0.4 * hurry, election_max_s=0.8 * hurry, fallback_s=0.8 * hurry, heartbeat_s=0.1 * hurry
+            election_min_s=0.4 * hurry, election_max_s=0.8 * hurry, fallback_s=0.8 * hurry, heartbeat_s=0.13 * hurry
         )
         config = Config(
             epoch_entries=chance.choice([30, 200_000] if self.rolling else [8, 12, 20, 30, 200_000]),
@@ -80,7 +88,8 @@ class Schedule:
             hash_rows=chance.random() < 0.25,
         )
         self.trace = trace
-        self.troubles = troubles
+        # Each of a rolling one takes several elections.
+        self.troubles = troubles // 2 if self.rolling else troubles
         self.nodes = Nodes(
             folder,
             chance,
@@ -299,41 +308,48 @@ class Schedule:
     # --- the end -----------------------------------------------------------------------------------------------------
 
     def probe(self) -> None:
-        """With members well, a lost line or one that was away deposes nobody, and the others go on."""
+        """With members well, a lost line or one that was away deposes nobody, and whoever hears the leader answers."""
+        if not self.clocks_agree or self.hurries:
+            return
         self.settle()
         # A leader whose connections have all just broken is rightly replaced: that must be over.
         self.go_on(1.0)
         self.settle()
         leaders = [node for node in self.nodes.leading if node.member is not None and node.member.is_ready]
         voters = [row.id for row in leaders[0].member.position.members] if leaders and leaders[0].member else []
-        if len(leaders) != 1 or len(voters) < 3 or not self.clocks_agree or self.hurries:
+        if len(leaders) != 1 or len(voters) < 3:
             return
+        for member in self.final():
+            if member.status().age_s > KNOWN_S:
+                raise Failed(f"all is well, but what a member shows is {member.status().age_s} s old, it says")
         leader = leaders[0].name
         other = self.chance.choice([name for name in voters if name != leader])
-        began, answered = len(self.witness.changes), self.clients.answered
+        began = len(self.witness.changes)
         if self.chance.random() < 0.5:
             self.say(f"probe: {other} and {leader} lose their line")
             self.cut(leader, other)
-            self.go_on(4.0)
         else:
             self.say(f"probe: {other} is away for a while")
             self.isolate(other)
-            self.go_on(1.5)
-            self.heal_net()
-            self.go_on(1.5)
+        end = self.clock.at + PROBE_S
+        while self.clock.at < end:
+            self.turn(end)
+            self.clients.require_answers(ANSWER_S, deaf=other)
+        deaf = self.nodes.all[other].member
+        if deaf is not None and deaf.status().age_s < PROBE_S / 2:
+            raise Failed(f"{other} has heard no leader for {PROBE_S} s, but says {deaf.status().age_s}")
         self.heal_net()
+        self.go_on(ANSWER_S)
         deposed = self.witness.changes[began:]
         if deposed:
             raise Failed(f"{leader} led and could, but lost it: {deposed}")
-        if self.clients.answered - answered < 3:
-            raise Failed(f"only {self.clients.answered - answered} were answered with a majority in reach")
 
     def settle(self) -> None:
         """Wait until everybody has everything."""
         end = self.clock.at + CALM_S
         open_before = set(map(id, self.clients.open))
         while True:
-            self.turn(self.clock.at + TICK_S)
+            self.turn(self.clock.at + LOOK_S)
             members = self.final()
             positions = {(m.position.seq, m.position.chain, m.place) for m in members}
             ready = any(m.is_ready and not m.proposer.in_flight for m in members)
@@ -384,7 +400,14 @@ class Raise(logging.Handler):
 
 
 def run_one(
-    folder: Path, seed: int, *, members: int, troubles: int, rolling: bool | None = None, trace: bool = False
+    folder: Path,
+    seed: int,
+    *,
+    members: int,
+    troubles: int,
+    rolling: bool | None = None,
+    strays: float | None = None,
+    trace: bool = False,
 ) -> str:
     """Run the schedule of *seed* in *folder*, which is emptied after."""
     logging.getLogger("pysyncobj").handlers = [Raise()]
@@ -392,7 +415,8 @@ def run_one(
     place = folder / f"s{seed}"
     place.mkdir()
     try:
-        made = Schedule(place, seed, members=members, troubles=troubles, rolling=rolling, trace=trace)
-        return made.run()
+        return Schedule(
+            place, seed, members=members, troubles=troubles, rolling=rolling, strays=strays, trace=trace
+        ).run()
     finally:
         shutil.rmtree(place)

@@ -20,7 +20,7 @@ IDLE_S = 1.2
 REDIAL_S = 0.15
 LOOK_S = 0.05
 STRAYS = (Append, NextIndex, AskVote, Vote)
-STRAY_S = (0.01, 0.1, 0.5, 2.0)
+STRAY_S = (0.01, 0.1, 0.5, 2.0, 6.0)
 SPIKES, SPIKE_S_MAX = 0.03, 0.4
 NEVER = float("inf")
 
@@ -33,13 +33,16 @@ class Clock:
         return self.at
 
 
-class SilentWake:
-    """The simulation looks at members often enough."""
+class SimWake:
+    """Ends the waiting of one member: it has something to do that it was not told of by the network."""
 
     descriptor = -1
 
+    def __init__(self) -> None:
+        self.is_set = False
+
     def set(self) -> None:
-        pass
+        self.is_set = True
 
 
 @dataclass
@@ -170,7 +173,7 @@ class SimNet:
     """One member's end of the switch."""
 
     def __init__(self, switch: Switch, name: str) -> None:
-        self.wake = SilentWake()
+        self.wake = SimWake()
         self.switch = switch
         self.name = name
         self.members: dict[str, Member] = {}
@@ -204,6 +207,7 @@ class SimNet:
         self.switch.break_(self.name, peer)
 
     def receive(self, wait_s: float) -> list[Event]:
+        self.wake.is_set = False
         events, self.events = self.events, []
         return events + self.switch.due(self.name) if self.arrival <= self.switch.clock.at else events
 
