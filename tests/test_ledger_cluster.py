@@ -16,7 +16,7 @@ from ledger_support import Process, note, proposal
 from slum.errors import ConfigError, QuorumLost
 from slum.ledger import identity
 from slum.ledger.client import change_members, connect, status
-from slum.ledger.commands import Done
+from slum.ledger.commands import PROTOCOL, Done
 from slum.ledger.joiner import Join, prepare
 from slum.ledger.reader import Reader
 
@@ -234,7 +234,7 @@ async def test_status_tells_who_is_there_and_how_far(seed: int) -> None:
             assert [member.id for member in found.members] == ["m1", "m2", "m3"]
             roles = {member.id: member.role for member in found.members}
             assert roles == {one.name: "leader" if one is leader else "follower" for one in cluster.nodes}
-            assert all(member.protocol == 1 and member.contact_s is not None for member in found.members)
+            assert all(member.protocol == PROTOCOL and member.contact_s is not None for member in found.members)
             assert found.alarms == ()
         told = await status(leader.home.ledger_socket)
         assert (told.age_s, {member.lag for member in told.members}) == (0.0, {0})
