@@ -15,7 +15,7 @@ import msgspec
 
 from slum import api
 from slum.answers import decode, problem_of
-from slum.errors import SlumError, Unreachable
+from slum.errors import ConfigError, SlumError, Unreachable
 from slum.node.home import NAME, address_of
 
 ANSWER_BYTES_MAX = 1 << 20
@@ -24,7 +24,7 @@ WRONG_TIME = (9, 10)
 T = TypeVar("T")
 
 
-class Stranger(SlumError):
+class Stranger(ConfigError):
     """What answers there is not of the fleet that was meant; it has been told nothing."""
 
 
@@ -50,7 +50,8 @@ def ask(
     except ssl.SSLCertVerificationError as error:
         raise _stranger(url, error) from error
     except (OSError, http.client.HTTPException) as error:
-        raise Unreachable(f"{url} does not answer: {getattr(error, 'strerror', None) or error}") from error
+        why = f"{url} does not answer: {getattr(error, 'strerror', None) or error}"
+        raise Unreachable(why, hint="look at the address, and whether a firewall lets this machine reach it") from error
     finally:
         connection.close()
     if answer.status >= 400:

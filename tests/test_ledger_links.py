@@ -7,6 +7,7 @@ import ssl
 import struct
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from slum.ledger.commands import Member
 from slum.ledger.links import Links
 from slum.ledger.net import Down, Event, Got, Up
 from slum.ledger.peerwire import Append, Hello, Ping, pack
+from slum.ledger.reach import hellos
 
 PLACE = (1, 1)
 
@@ -118,6 +120,20 @@ def test_one_member_cannot_speak_for_another(ends: Callable[..., End]) -> None:
     b.links.set_members((a.row,), lambda: msgspec.structs.replace(b.hello(), member="m3"), ())
     until(lambda: any("calls itself" in str(fields["why"]) for _, fields in a.notes), a, b)
     assert not a.got(Up)
+
+
+def test_one_that_was_removed_while_it_was_away_learns_that_the_others_are_there(
+    ends: Callable[..., End], tmp_path: Path
+) -> None:
+    """Else it would take them for lost, and could be made to go on alone."""
+    a, b = ends("m1"), ends("m2")
+    away = End(tmp_path, "m3")
+    away.links.close()
+    joined(a, b)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(hellos, away.home, (a.row, b.row), away.hello(), 10.0)
+        until(asked.done, a, b, deadline_s=20)
+    assert asked.result() == ({}, {"m1", "m2"})
 
 
 def test_a_dead_connection_is_dialled_again(ends: Callable[..., End]) -> None:

@@ -84,6 +84,7 @@ def test_of_five_an_equal_one_may_but_not_one_that_is_behind() -> None:
     assert obstacle("m1", (7, 3, 2, 10), five, {"m2": (7, 3, 2, 10)}) == ""
     assert "m2 answers and has more" in obstacle("m1", (7, 3, 2, 9), five, {"m2": (7, 3, 2, 10)})
     assert "no member" in obstacle("m9", (7, 3, 2, 9), five, {})
+    assert "it was removed" in obstacle("m1", (7, 3, 2, 10), five, {}, {"m2"})
 
 
 def test_what_may_be_missing_is_said() -> None:

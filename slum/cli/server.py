@@ -18,6 +18,8 @@ from slum.cli.base import Invocation, SlumGroup, command, consent
 from slum.errors import ConfigError, Conflict, QuorumLost, SlumError
 
 if TYPE_CHECKING:
+    from slum import api
+    from slum.client import Client
     from slum.ledger.recover import Survivor
     from slum.server.founding import Place
 
@@ -72,17 +74,20 @@ def init(
     It gets a certificate authority of its own. What runs here goes on; ledger and server are started again. Repeating it
     changes nothing. The recovery key opens the authority when every member is lost: it is shown once, so keep it elsewhere.
     """
+    from slum.ledger import identity
+    from slum.node.home import refuse_node
     from slum.server import founding, trust
 
-    _require_no_node(asked)
+    refuse_node(asked.home)
     key_file = _free_file(recovery_key_file)
     name = founding.own_name(asked.home)
     if name is not None and member not in (None, name):
         raise ConfigError(f"the control plane here is the member {name}, which keeps its name", hint=f"--member {name}")
     place = _place(founding.check_name(member or name or "m1"), address, api_port, ledger_port, listen)
-    new = not (asked.home.state / "member.json").exists()
-    founding.give_identity(asked.home, place)
-    _start(asked, again=new)
+    was = identity.load(asked.home.state)
+    if was is None or (was.address, was.api) != (place.ledger, place.api):
+        founding.check_ports(place, was)
+    _start(asked, again=founding.give_identity(asked.home, place) != was)
     key = _run(founding.found_authority(asked.home, _actor()))
     if key and key_file is not None:
         trust.write(key_file, f"{key}\n".encode())
@@ -90,7 +95,13 @@ def init(
     if asked.json:
         shown = key if key_file is None else ""
         asked.emit(
-            {"member": place.member, "ledger": place.ledger, "api": place.api, "new": new, "recovery_key": shown}
+            {
+                "member": place.member,
+                "ledger": place.ledger,
+                "api": place.api,
+                "new": was is None,
+                "recovery_key": shown,
+            }
         )
         return
     asked.say(f"{place.member} is a member that others can join: API https://{place.api}, ledger {place.ledger}")
@@ -139,16 +150,22 @@ def join(
 
     from slum import api
     from slum.cli.join import token_from
+    from slum.ledger import identity
+    from slum.node.home import checked_url, refuse_node
     from slum.node.join import answered
     from slum.pki.tokens import parse
     from slum.server import founding
 
-    _require_no_node(asked)
+    refuse_node(asked.home)
+    urls = tuple(checked_url(url) for url in urls)
     text = token_from(token_file, {}) or ""
     token = parse(text)
     place = _place(founding.check_name(member or _machine_name()), address, api_port, ledger_port, listen)
     end = time.monotonic() + timeout
+    if identity.load(asked.home.state) is None:
+        founding.check_ports(place, None)
     with _room(asked, text):
+        was = identity.load(asked.home.state)
         me = founding.give_identity(asked.home, place)
         request = api.JoinRequest(
             secret=token.secret,
@@ -160,7 +177,7 @@ def join(
         if answer.kind != "member":
             raise ConfigError(f"this token is for a {answer.kind}", hint="make one with `slum token new member`")
         founding.keep_answer(asked.home, answer)
-    _start(asked, again=False, wait=False)
+    _start(asked, again=was not in (None, me), wait=False)
     _run(founding.open_front(asked.home, place))
     again_at = time.monotonic() + AGAIN_S
     while not _votes(asked, place.member):
@@ -175,7 +192,10 @@ def join(
             again_at = now + AGAIN_S
             answered(urls, token, request, max(0.0, end - now), asked.note)
         time.sleep(POLL_S)
-    members = _remove(asked, replace) if replace is not None else tuple(row.id for row in _cluster(asked).members)
+    with _here(asked) as client:
+        if replace is not None:
+            client.change_members(remove=replace)
+        members = tuple(row.id for row in client.cluster().members)
     if asked.json:
         asked.emit({"member": place.member, "ledger": place.ledger, "api": place.api, "members": members})
         return
@@ -196,11 +216,12 @@ def leave(asked: Invocation) -> None:
     """Take this machine out of the control plane's members, and stop ledger and server here. Its data is kept aside.
 
     A leader hands over first. Services here go on. Refused for the last member, and while a tenement of the fleet is this
-    machine itself.
+    machine itself. One that was removed while it was away, or fenced, is only stopped: the others know.
     """
-    from slum.ledger import identity
+    from slum.ledger import fence, identity
     from slum.node import boot as node_boot
     from slum.server import boot, founding
+    from slum.server.cluster import REMOVED
 
     me = identity.load(asked.home.state)
     if me is None:
@@ -208,7 +229,12 @@ def leave(asked: Invocation) -> None:
     if not consent(asked, f"Take {me.id} out of the members?"):
         asked.note("nothing was changed")
         return
-    left = _remove(asked, me.id)
+    left: tuple[str, ...] = ()
+    if not (asked.home.state / fence.MARK).exists():
+        with _here(asked) as client:
+            view = client.cluster()
+            if all(alarm.kind != REMOVED for alarm in view.alarms):
+                left = client.change_members(remove=me.id).members
     _run(founding.close_front(asked.home))
     node_boot.shut_down(asked.home, set(boot.PROGRAMS))
     asked.home.boot.unlink(missing_ok=True)
@@ -217,7 +243,8 @@ def leave(asked: Invocation) -> None:
     if asked.json:
         asked.emit({"left": me.id, "members": left, "data": str(aside)})
         return
-    asked.say(f"{me.id} has left; members: {', '.join(left)}. Its data is in {aside}: remove it when nothing is missed")
+    now = f"has left; members: {', '.join(left)}" if left else "was no member any more, and is stopped"
+    asked.say(f"{me.id} {now}. Its data is in {aside}: remove it when nothing is missed")
 
 
 @command(
@@ -237,15 +264,14 @@ def members(asked: Invocation, action: str | None, member: str | None, replace: 
     A removed member's certificate is revoked; it can come back only as a new one. Where it was lost with its disk, let another
     machine take its place first: --replace says how.
     """
-    from slum.problem import nearest
-
     if action == "remove" and member is None:
         raise click.UsageError("remove: name the member")
     if replace is not None:
         _say_replacement(asked, replace)
         return
+    with asked.client() as client:
+        found = client.cluster()
     if action is None:
-        found = _cluster(asked)
         if asked.json:
             asked.emit(found)
             return
@@ -254,15 +280,12 @@ def members(asked: Invocation, action: str | None, member: str | None, replace: 
         for line in cluster_lines(found, asked.paint):
             asked.say(line)
         return
-    known = [row.id for row in _cluster(asked).members]
-    if member not in known:
-        raise ConfigError(
-            f"{member} is no member{nearest(str(member), known)}", hint="`slum server members` lists them"
-        )
+    _check_known(str(member), found)
     if not consent(asked, f"Remove {member} from the members for good?"):
         asked.note("nothing was changed")
         return
-    left = _remove(asked, str(member))
+    with asked.client() as client:
+        left = client.change_members(remove=str(member)).members
     if asked.json:
         asked.emit({"removed": member, "members": left})
         return
@@ -298,8 +321,10 @@ def recover(asked: Invocation) -> None:
     boot.shut_down_servers(asked.home)
     try:
         found = examine(asked.home.state)
-        if found.obstacle:
-            raise Conflict(f"{found.member} does not go on alone: {found.obstacle}", hint="nothing was changed")
+        alone = found.members == (found.member,)
+        obstacle = "it is the only member, and its log is whole" if alone and not found.log_problem else found.obstacle
+        if obstacle:
+            raise Conflict(f"{found.member} does not go on alone: {obstacle}", hint="nothing was changed")
         for line in survivor_lines(found, time.time()):
             asked.note(line)
         if not consent(asked, f"Go on alone? Type the member's name, {found.member}", typed=found.member):
@@ -317,6 +342,8 @@ def recover(asked: Invocation) -> None:
         asked.emit({"member": found.member, "generation": at.generation, "seq": at.seq, "missing": found.missing})
         return
     asked.say(f"{found.member} goes on alone with generation {at.generation}, sequence {at.seq}")
+    if alone:
+        return
     asked.say(
         "next: look with `slum status` and `slum events`, then `slum resume`; until then machines are left as they are"
     )
@@ -347,8 +374,10 @@ def survivor_lines(found: Survivor, now: float) -> list[str]:
 def install(asked: Invocation) -> None:
     """Let systemd start the control plane of this machine, now and after a reboot. What runs goes on."""
     from slum.node import service
+    from slum.node.home import refuse_node
     from slum.server import boot
 
+    refuse_node(asked.home)
     if not service.can_install():
         raise ConfigError(
             "systemd is not this machine's init, or not yours to command",
@@ -378,9 +407,11 @@ def run(asked: Invocation) -> None:
     import os
 
     from slum.node.boot import check_keeper
+    from slum.node.home import refuse_node
     from slum.node.keeperclient import keeper_command
     from slum.server import boot
 
+    refuse_node(asked.home)
     check_keeper(asked.home)
     boot.write_boot(asked.home)
     words, env = keeper_command(asked.home)
@@ -432,29 +463,17 @@ def _room(asked: Invocation, token: str) -> Iterator[None]:
 
 
 def _place(member: str, address: str, api_port: int, ledger_port: int, listen: str | None) -> Place:
-    from slum.server.founding import Place
+    from slum.server.founding import Place, check_host
 
-    if "/" in address or address.strip() != address or not address:
-        raise ConfigError(f"{address!r} is no host name or address", hint="--address 10.0.0.1, without a port")
     if api_port == ledger_port:
         raise ConfigError(f"API and ledger cannot both have port {api_port}")
     return Place(
         member=member,
-        address=address,
+        address=check_host(address),
         api_port=api_port,
         ledger_port=ledger_port,
         listen=listen or "",
     )
-
-
-def _require_no_node(asked: Invocation) -> None:
-    from slum.node.home import has_joined
-
-    if has_joined(asked.home):
-        raise ConfigError(
-            f"{asked.home.data} is a tenement of another control plane",
-            hint="a member takes folders of its own: --data-dir and --run-dir",
-        )
 
 
 def _start(asked: Invocation, *, again: bool, wait: bool = True) -> None:
@@ -486,27 +505,23 @@ def _votes(asked: Invocation, member: str) -> bool:
     if not boot.is_ready(asked.home):
         return False
     try:
-        found = _cluster(asked)
+        with _here(asked) as client:
+            found = client.cluster()
     except SlumError:
         return False
     return any(row.id == member and row.role in ("leader", "follower") for row in found.members)
 
 
-def _cluster(asked: Invocation) -> Any:
-    with asked.client() as client:
-        return client.cluster()
+def _here(asked: Invocation) -> Client:
+    """Return a client of this machine's own server, whatever context is in use: who leaves is a member of that one."""
+    from slum.client import Client
 
-
-def _remove(asked: Invocation, member: str) -> tuple[str, ...]:
-    with asked.client() as client:
-        return client.change_members(remove=member).members
+    return Client(asked.home)
 
 
 def _say_replacement(asked: Invocation, member: str) -> None:
     with asked.client() as client:
-        known = {row.id for row in client.cluster().members}
-        if member not in known:
-            raise ConfigError(f"{member} is no member; there is {', '.join(sorted(known))}")
+        _check_known(member, client.cluster())
         made = client.add_token("member")
     if asked.json:
         asked.emit(made)
@@ -514,6 +529,14 @@ def _say_replacement(asked: Invocation, member: str) -> None:
     where = made.servers[0] if made.servers else "URL"
     asked.say(f"on the new machine, within an hour, with this token on stdin:\n\n    {made.token}\n")
     asked.say(f"    slum server join {where} --token-file - --address HOST --member NAME --replace {member}")
+
+
+def _check_known(member: str, view: api.ClusterView) -> None:
+    from slum.problem import nearest
+
+    known = [row.id for row in view.members]
+    if member not in known:
+        raise ConfigError(f"{member} is no member{nearest(member, known)}", hint="`slum server members` lists them")
 
 
 def _free_file(name: str | None) -> Path | None:

@@ -89,6 +89,8 @@ def status_lines(status: api.Status, instances: Sequence[api.InstanceView], pain
             "",
             f"{paint('paused', 'warn')}: {clean(status.paused)}; `slum resume` shows what it would do, and goes on",
         ]
+    if not ledger.majority:
+        lines += ["", "nothing can be changed from here: `slum status --cluster` says who is missing, and what to do"]
     unwell = sorted({v.report.service for v in instances if v.report.phase in UNWELL})
     if unwell:
         lines += ["", *(f"{name} is not well: `slum explain {name}`" for name in unwell)]

@@ -112,7 +112,7 @@ class Changes:
         change, _, until = pending
         why = problem(change, members)
         if why:
-            self.finish(ConfigError(f"the members are not changed: {why}"))
+            self.finish(ConfigError(f"the members are not changed: {why}", hint="`slum status --cluster` shows them"))
             return None
         if change.add is not None:
             let_in(change.add)

@@ -61,6 +61,11 @@ def make(folder: Path, *, id: str, listen: str, address: str, api: str = "", rec
     return row(folder, me)
 
 
+def forget(folder: Path) -> None:
+    """Take from *folder* the identity of a member that nobody has taken in, if it has one."""
+    (folder / ME).unlink(missing_ok=True)
+
+
 def load(folder: Path) -> Me | None:
     """Return who *folder* says it is; None for a ledger that was never more than one member."""
     try:

@@ -17,7 +17,7 @@ import sqlite3
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -167,7 +167,9 @@ def _survivor(home: Path, held: _Held, reach_s: float) -> Survivor:
     me = who(home, position)
     last_term, last_index = held.log.last if held.log is not None else (position.term, position.applied)
     others = [row for row in position.members if row.id != me.id]
-    answers = hellos(home, others, _hello(position, held.state.epochs(1)[0], me, last_term, last_index), reach_s)
+    answers, strange = hellos(
+        home, others, _hello(position, held.state.epochs(1)[0], me, last_term, last_index), reach_s
+    )
     reached = tuple(
         Reached(
             member=name,
@@ -193,7 +195,7 @@ def _survivor(home: Path, held: _Held, reach_s: float) -> Survivor:
         members=tuple(row.id for row in position.members),
         reached=reached,
         log_problem=held.problem,
-        obstacle=obstacle(me.id, place, position.members, {other.member: other.place for other in reached}),
+        obstacle=obstacle(me.id, place, position.members, {other.member: other.place for other in reached}, strange),
         missing=missing(me.id, position.members, held.problem),
     )
 
@@ -203,13 +205,16 @@ def obstacle(
     mine: tuple[int, int, int, int],
     members: tuple[Member, ...],
     others: Mapping[str, tuple[int, int, int, int]],
+    strange: Collection[str] = (),
 ) -> str:
     """Return why *me* must not go on alone from *mine*, its (generation, epoch, last term, last index); "" when it may.
 
-    *others* are where those members are that answer.
+    *others* are where those members are that answer; to those in *strange* it is no member.
     """
     if all(row.id != me for row in members):
         return "it is no member"
+    if strange:
+        return f"{', '.join(sorted(strange))} answer and know no such member any more: it was removed (`slum server leave`)"
     ahead = sorted(name for name, place in others.items() if place > mine)
     if ahead:
         return f"{ahead[0]} answers and has more than this one: recover there"

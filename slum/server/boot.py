@@ -157,9 +157,16 @@ class _Connection(http.client.HTTPConnection):
 
 
 def wait_for_api(home: Home, timeout_s: float = UP_S) -> None:
-    """Return when the API answers; Unreachable, with the last that was logged, when it does not in time."""
+    """Return when the API answers; Unreachable, with the last that was logged, when it does not in time.
+
+    The Refusal of a member that must not serve any more is raised at once.
+    """
     end = time.monotonic() + timeout_s
     while not is_ready(home):
+        if (home.state / "refused.json").exists():
+            from slum.ledger import fence  # only then: it brings the engine with it
+
+            fence.check(home.state)
         if time.monotonic() > end:
             raise Unreachable(
                 f"the control plane did not come up in time; the last it said: {_last_words(home)}",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from slum import api, log
@@ -16,7 +17,7 @@ from slum.errors import ConfigError, Conflict, QuorumLost, SlumError, Unreachabl
 from slum.ledger import changes, clocks
 from slum.ledger.client import change_members
 from slum.ledger.commands import Member, Revoke, new_request_id
-from slum.ledger.status import DOWN
+from slum.ledger.status import DOWN, FOLLOWER, LEADER
 from slum.server import trust
 from slum.server.memberwire import Change
 
@@ -28,6 +29,8 @@ CHANGE_S = 65.0
 LOOK_S = 30.0
 ADD_S = 300.0
 AGAIN_S = 0.5
+REMOVED = "removed"
+REMOVED_HINT = "`slum server leave` ends it here, `slum server join` with a new token makes it a new member"
 
 
 async def cluster_view(control: Control) -> api.ClusterView:
@@ -66,10 +69,26 @@ async def cluster_view(control: Control) -> api.ClusterView:
             for member in status.members
             if member.id in rows or member.role != DOWN  # one that left and is gone is nobody's business
         ),
-        alarms=tuple(
+        alarms=_removed(control, rows, status.majority)
+        or tuple(
             api.ClusterAlarm(kind=one.kind, member=one.member, why=one.why, hint=one.hint) for one in status.alarms
         ),
     )
+
+
+def _removed(control: Control, members: Collection[str], majority: bool) -> tuple[api.ClusterAlarm, ...]:
+    """Say that this member is none any more, if so: then nothing else of what its ledger misses matters.
+
+    One that was away meanwhile may hear it from the others' fronts alone: to their ledgers it is a stranger.
+    """
+    refusing = ", ".join(sorted(control.relay.refusing))
+    if control.me not in members:
+        why = "it is none of the members: it was removed while it was away, or has not been let in yet"
+    elif refusing and not majority:
+        why = f"{refusing} take it for no member any more: it was removed while it was away"
+    else:
+        return ()
+    return (api.ClusterAlarm(kind=REMOVED, member=control.me, why=why, hint=REMOVED_HINT),)
 
 
 async def time_of_members(control: Control) -> float | None:
@@ -129,12 +148,22 @@ def row_of(offer: api.MemberOffer) -> Member:
     return Member(**{name: getattr(offer, name) for name in offer.__struct_fields__})
 
 
-def check_addition(control: Control, row: Member) -> None:
+async def check_addition(control: Control, row: Member) -> None:
     """Return when *row* can become a member, or is one; ConfigError when not. For who is about to let it in."""
     members = control.world().cluster.members
-    why = "" if row in members else changes.problem(changes.Change(add=row), members)
+    if row in members:
+        return
+    why = changes.problem(changes.Change(add=row), members)
     if why:
         raise ConfigError(f"{row.id} cannot become a member: {why}", hint="choose another name with --member")
+    # One that is gone may have had the address.
+    there = {one.id for one in (await control.link.status()).members if one.role in (LEADER, FOLLOWER)}
+    for other in members:
+        if other.id in there and (other.address == row.address or other.api == row.api):
+            raise ConfigError(
+                f"{row.id} cannot be at {row.api}, ledger {row.address}: {other.id} is found there",
+                hint="--address is how the others reach this machine",
+            )
 
 
 class Adding:

@@ -22,7 +22,7 @@ from slum.server import observed
 from slum.server.agents import Hub
 from slum.server.attempts import Attempts
 from slum.server.blobs import Blobs
-from slum.server.cluster import Adding
+from slum.server.cluster import REMOVED_HINT, Adding
 from slum.server.copies import Copies
 from slum.server.decide import Action
 from slum.server.elsewhere import Elsewhere
@@ -118,6 +118,13 @@ class Control:
         status = await self.link.status()
         if status.majority or status.silence_s < LASTING_S:
             return
+        if self.relay.refusing:
+            names = ", ".join(sorted(self.relay.refusing))
+            raise QuorumLost(
+                f"{self.me} was removed from the members, say {names}: nothing can be changed from here",
+                hint=REMOVED_HINT,
+                lasting=True,
+            )
         reached = sum(member.role in ("leader", "follower") for member in status.members)
         raise QuorumLost(
             f"{self.me} reaches {reached} of {len(members)} members: nothing can be changed from here",

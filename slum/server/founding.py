@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import ipaddress
 import re
 import socket
 import time
+
+import msgspec
 
 from slum import api
 from slum.errors import ConfigError, QuorumLost, SlumError
@@ -26,6 +29,7 @@ from slum.pki.request import make_request, new_key
 from slum.server import front, trust
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
+HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,252})")
 COMMIT_S = 20.0
 POLL_S = 0.05
 ATTEMPTS = 5
@@ -89,11 +93,49 @@ def own_name(home: Home) -> str | None:
     return members[0].id if len(members) == 1 else None
 
 
+def check_host(address: str) -> str:
+    """Return *address* if others can find a machine by it: a host's name or an IP address; ConfigError if not."""
+    host = address[1:-1] if address.startswith("[") and address.endswith("]") else address
+    try:
+        found = not ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        found = HOST.fullmatch(host) is not None
+    if not found:
+        raise ConfigError(f"{address!r} is no host name or address", hint="--address 10.0.0.1, without a port")
+    return host
+
+
+def check_ports(place: Place, me: identity.Me | None) -> None:
+    """Return when a member can listen as *place* says, who as *me* listens elsewhere; ConfigError when it cannot."""
+    own = {me.api.rpartition(":")[2], me.address.rpartition(":")[2]} if me is not None else set()
+    for what, option, address in (
+        ("API", "--api-port", place.front[0]),
+        ("ledger", "--ledger-port", place.ledger_listen),
+    ):
+        host, _, port = address.rpartition(":")
+        if port in own:
+            continue
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host.strip("[]"), int(port)))
+            except OSError as error:
+                raise ConfigError(
+                    f"the {what} cannot listen on {address}: {error.strerror or error}; nothing was changed",
+                    hint=f"choose another with {option} or --listen",
+                ) from error
+
+
 def give_identity(home: Home, place: Place) -> identity.Me:
-    """Return who *home* is, as *place* says; ConfigError when it is somebody else already."""
+    """Return who *home* is, as *place* says; ConfigError when it is somebody else already.
+
+    Who never got a ledger was taken in by nobody: an attempt to join that was given up may be repeated as somebody else. The
+    only member may get another address: nobody else looks for it.
+    """
     me = identity.load(home.state)
-    if me is None:
+    if me is None or ((me.id, me.address, me.api) != _wanted(place) and folder.current(home.state) is None):
         recipient = trust.own_recipient(home)
+        identity.forget(home.state)
         identity.make(
             home.state,
             id=place.member,
@@ -102,14 +144,21 @@ def give_identity(home: Home, place: Place) -> identity.Me:
             api=place.api,
             recipient=recipient,
         )
-        me = identity.load(home.state)
-    if me is None or (me.id, me.address, me.api) != (place.member, place.ledger, place.api):
+    elif (me.address, me.api) != (place.ledger, place.api) and own_name(home) == me.id == place.member:
+        moved = msgspec.structs.replace(me, listen=place.ledger_listen, address=place.ledger, api=place.api)
+        trust.write(home.state / identity.ME, msgspec.json.encode(moved))
+    me = identity.load(home.state)
+    if me is None or (me.id, me.address, me.api) != _wanted(place):
         was = f"{me.id} at {me.address}" if me is not None else "nobody"
         raise ConfigError(
             f"this machine is the member {was}, not {place.member} at {place.ledger}; nothing was changed",
             hint="a member keeps its name and addresses: leave (`slum server leave`) and join again to change them",
         )
     return me
+
+
+def _wanted(place: Place) -> tuple[str, str, str]:
+    return place.member, place.ledger, place.api
 
 
 def offer(home: Home, me: identity.Me) -> api.MemberOffer:

@@ -32,6 +32,8 @@ BEHIND_S = 1.0
 LOOK_S = 0.2
 LEAVE_S = 10.0
 """A member that leaves hears the end of what it asked, unless its certificate is revoked before."""
+REVOKED, NO_MEMBER = "was revoked", "belongs to no member of now"
+"""What a member that was removed hears."""
 AGAIN = "join again with a new token: `slum token new` makes one where the control plane runs"
 
 
@@ -149,11 +151,11 @@ async def _guest(control: Control, visitor: Visitor) -> Guest:
     if not visitor.uri.startswith(prefix) or row is None or row.subject != subject:
         why = "is not known here"
     elif row.revoked_at:
-        why = "was revoked"
+        why = REVOKED
     elif row.not_after < time.time() and await _has_expired(control, row.not_after):
         why = "has expired"
     elif subject.startswith("member/") and subject.removeprefix("member/") not in {m.id for m in standing.members}:
-        why = "belongs to no member of now"
+        why = NO_MEMBER
     if why or row is None:
         log.get().warning("certificate_refused", why=why, uri=visitor.uri[:200], serial=visitor.serial)
         hint = "it renews itself when it is used" if why == "has expired" else AGAIN

@@ -23,6 +23,7 @@ from slum.ledger.commands import Member
 from slum.node.websocket import WebSocket
 from slum.server import memberwire
 from slum.server.elsewhere import Elsewhere
+from slum.server.guard import NO_MEMBER, REVOKED
 from slum.server.link import Link
 from slum.server.pulse import Pulse
 
@@ -48,6 +49,8 @@ class Relay:
         self._members: dict[str, Member] = {}
         self.up: set[str] = set()
         """Members whose feed is heard."""
+        self.refusing: set[str] = set()
+        """Members that take us for none, as they last said."""
         self.elsewhere = elsewhere(self)
 
     @property
@@ -73,6 +76,7 @@ class Relay:
                 for name, (row, task) in list(feeds.items()):
                     if wanted.get(name) != row:
                         task.cancel()
+                        self.refusing.discard(name)
                         del feeds[name]
                 for name in wanted.keys() - feeds.keys():
                     feeds[name] = (wanted[name], group.create_task(self._follow(wanted[name]), name=f"feed {name}"))
@@ -91,12 +95,15 @@ class Relay:
                             told = memberwire.told.decode(await socket.receive())
                         if member.id not in self.up:
                             self.up.add(member.id)
+                            self.refusing.discard(member.id)
                             log.get().info("member_followed", member=member.id)
                         self.elsewhere.take(member.id, told)
             except TimeoutError:
                 why = f"silent for {SILENCE_S:g} s"
             except (Unreachable, msgspec.DecodeError) as error:
                 why = str(error)
+                if NO_MEMBER in why or REVOKED in why:
+                    self.refusing.add(member.id)
             finally:
                 self._lose(member.id, why)
             await asyncio.sleep(AGAIN_S * random.uniform(0.5, 1.5))

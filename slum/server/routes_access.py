@@ -61,13 +61,15 @@ async def issue(
         id=name, hash=tokens.hash_of(secret), kind=kind, subject=subject, role=role, expires_at=round(ends, 3)
     )
     await _commit(control, command, actor)
+    mine = {f"https://{member.api}" for member in control.world().cluster.members if member.id == control.me}
     return api.NewToken(
         id=name,
         token=tokens.token_text(authority.digest_of(row.certificate), secret),
         kind=kind,
         subject=subject,
         expires_at=command.expires_at,
-        servers=servers(control),
+        # The one that answers is there: it is the first to name.
+        servers=tuple(sorted(servers(control), key=lambda url: url not in mine)),
     )
 
 

@@ -51,7 +51,7 @@ async def post_join(call: Call) -> api.JoinAnswer:
         raise _refused(call, "token", row.id if row else "", why)
     subject = _subject(control, row, asked.member)
     if row.kind == "member" and asked.member is not None:
-        cluster.check_addition(control, cluster.row_of(asked.member))
+        await cluster.check_addition(control, cluster.row_of(asked.member))
         reader, actor = control.view.reader, f"slum@{control.me}"
         await trust.seal_to(control.link, reader, control.home, add=(asked.member.recipient,), actor=actor)
     if not row.key_hash:

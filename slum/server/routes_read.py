@@ -54,7 +54,9 @@ async def get_status(call: Call) -> api.Status:
     world = control.world()
     try:
         told = await control.link.leader(deadline_s=LEADER_S)
-    except QuorumLost:
+    except QuorumLost as error:
+        if error.lasting:
+            raise
         told = None
     cluster, leader = world.cluster, told.member if told else world.cluster.leader or None
     standing = await _standing(control) if told and len(cluster.members) > 1 else None
@@ -83,7 +85,7 @@ async def get_status(call: Call) -> api.Status:
                 for member in cluster.members
             ),
             silent_s=None if told else round(control.link.silent_s, 3),
-            majority=standing.majority if standing else True,
+            majority=standing.majority and any(row.id == control.me for row in cluster.members) if standing else True,
             age_s=round(standing.age_s, 3) if standing else 0.0,
         ),
         tenements=control.tenements(),

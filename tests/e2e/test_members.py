@@ -97,7 +97,7 @@ def test_what_is_no_member_token_lets_nobody_in(cluster: Cluster) -> None:
     wrong = {
         "no token": ("hello", 2),
         "an unknown one": (token[:-1] + ("a" if token[-1] != "a" else "b"), 2),
-        "one of another fleet": ("0" * 64 + token[64:], 1),
+        "one of another fleet": ("0" * 64 + token[64:], 2),
         "a user's": (cluster.token_of(at, "user", "ana", "--role", "read"), 2),
     }
     for what, (text, code) in wrong.items():
