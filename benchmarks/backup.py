@@ -32,10 +32,11 @@ from typing import Any
 
 from measure import cpu_s, row, rss_bytes
 
-from slum.backup import config, points, status
+from slum.backup import config, manifest, points, status
 from slum.backup.config import Keys, Settings
 from slum.backup.store import open_store
 from slum.errors import QuorumLost, Unreachable
+from slum.ledger import follow
 from slum.ledger.client import connect
 from slum.ledger.commands import NoteEvent, Proposal, Record, new_request_id
 from slum.paths import Home
@@ -82,8 +83,12 @@ class Plane:
         await until(lambda: self.is_sent(), "the backup runs")
 
     def is_sent(self) -> bool:
+        """Tell whether the store has all that the ledger has now; what the process said of it may be older."""
         said = status.read(self.home)
-        return said is not None and said.pid == self.children[1].pid and said.seq >= said.ledger_seq >= 0
+        if said is None or said.pid != self.children[1].pid or said.seq < 0:
+            return False
+        found = open_store(self.settings, NO_KEYS).get(manifest.HEAD)
+        return found is not None and manifest.decode_head(found.data).seq >= follow.standing(self.home.state).seq
 
     def restored(self) -> points.Point:
         folder = Path(tempfile.mkdtemp(dir=self.base))

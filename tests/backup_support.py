@@ -190,11 +190,15 @@ def site(settings: Settings, *options: str) -> Iterator[Site]:
         made.close()
 
 
-def start_backup(home: Home, log: Path) -> subprocess.Popen[bytes]:
+def start_backup(home: Home, log: Path, **env: str) -> subprocess.Popen[bytes]:
     words = [sys.executable, "-P", "-m", "slum.backup.process"]
     with log.open("ab") as out:
         return subprocess.Popen(
-            [*words, "--data-dir", str(home.data), "--run-dir", str(home.run)], stdout=out, stderr=out, cwd=ROOT
+            [*words, "--data-dir", str(home.data), "--run-dir", str(home.run)],
+            stdout=out,
+            stderr=out,
+            cwd=ROOT,
+            env={**os.environ, **env},
         )
 
 

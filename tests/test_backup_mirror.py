@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -49,6 +50,23 @@ def test_it_follows_over_seals_to_the_same_chain_and_rows(ledger: Steps, copied:
         assert copied.position == ledger.member.position
     assert ledger.member.position.epoch > 3
     assert copied.row_hash() == ledger.member.state.row_hash()
+    feed.close()
+
+
+def test_it_waits_for_litestream_to_write(ledger: Steps, copied: Mirror, tmp_path: Path) -> None:
+    """Litestream has a table of its own in the mirror, and writes it at its checkpoints."""
+    ledger.one(note())
+    feed = Feed(tmp_path / "state")
+    batch = feed.next(copied.position)
+    with closing(sqlite3.connect(copied.path, isolation_level=None, check_same_thread=False)) as other:
+        other.execute("CREATE TABLE _litestream_seq (id INTEGER)")
+        other.execute("BEGIN IMMEDIATE")
+        other.execute("INSERT INTO _litestream_seq VALUES (1)")
+        timer = threading.Timer(0.2, other.execute, ("COMMIT",))
+        timer.start()
+        copied.apply(batch, 1.0)
+        timer.join()
+    assert copied.position == ledger.member.position
     feed.close()
 
 
@@ -174,6 +192,10 @@ def test_every_point_is_made_again_from_the_log(ledger: Steps, copied: Mirror, t
         with closing(sqlite3.connect(point)) as db:
             assert schema.row_hash(db) == rows[seq]
             assert not db.execute("SELECT name FROM sqlite_schema WHERE name LIKE '!_%' ESCAPE '!'").fetchall()
+    with closing(sqlite3.connect(copied.path, isolation_level=None)) as db:
+        db.execute("UPDATE _backup_log SET chain = ? WHERE seq = ?", ("0" * 64, seq))
+    with pytest.raises(Damaged, match=f"does not lead to sequence {seq}"):
+        mirror.replay(base, copied.path, seq)
     feed.close()
 
 

@@ -292,6 +292,26 @@ async def test_it_waits_for_its_configuration_and_takes_up_a_new_one(tmp_path: P
         assert made.child.poll() is None
 
 
+async def test_it_tells_the_keeper_that_it_lives_as_long_as_its_loop_turns(tmp_path: Path) -> None:
+    word = tmp_path / "word"
+    with site(file_settings(tmp_path, interval_ms=5000)) as made:
+        await made.ledger.up()
+        made.configure()
+        log = made.ledger.base / "backup.log"
+        made.child = start_backup(made.home, log, SLUM_ALIVE_FILE=str(word), SLUM_ALIVE_MS="1200")
+        await made.sent()
+        found, first = made.status(), word.stat().st_mtime_ns
+        assert found is not None
+        assert b"SLUM_ALIVE" not in words_of(found.child_pid), "nobody else speaks in its name"
+        await wait_for(lambda: word.stat().st_mtime_ns > first + 1_000_000_000, 4)
+        os.kill(found.pid, signal.SIGSTOP)
+        silent = word.stat().st_mtime_ns
+        os.kill(found.child_pid, 0)
+        assert word.stat().st_mtime_ns == silent
+        os.kill(found.pid, signal.SIGCONT)
+        await wait_for(lambda: word.stat().st_mtime_ns > silent)
+
+
 async def test_what_the_retention_has_passed_is_removed(tmp_path: Path) -> None:
     store = tmp_path / "store"
     old, young, bundle = (

@@ -25,6 +25,7 @@ from slum.ledger.client import connect
 from slum.ledger.commands import SetAuthority
 from slum.ledger.reader import Reader
 from slum.ledger.recover import recover
+from slum.ledger.refusal import Damaged
 from slum.paths import Home
 from slum.pki import authority
 
@@ -145,6 +146,8 @@ def test_a_machine_whose_services_live_on_may_have_its_control_plane_back(made: 
     home.agent.mkdir(parents=True)
     home.state.mkdir()
     home.identity.write_text('{"tenement":"here","machine":"local:m9"}')
+    for name in ("router", "caches", "wheels", "state.old"):
+        (home.data / name).mkdir()
     (home.agent / "desired.json").write_text(f'{{"cluster":"{made.standing().cluster_id}"}}')
     assert brought_back(made, home).member == "m9"
 
@@ -167,7 +170,7 @@ def test_a_newer_schema_is_refused_and_changes_nothing(made: Site, tmp_path: Pat
     with pytest.raises(ConfigError, match="schema 99") as caught:
         brought_back(made, home)
     assert "install slum 9.9.9" in caught.value.hint
-    assert list(home.data.iterdir()) == []
+    assert not home.data.exists()
 
 
 def segments(made: Site) -> list[Path]:
@@ -199,7 +202,7 @@ def test_a_broken_segment_is_reported_with_what_can_be_had(made: Site, tmp_path:
     home = new_home(tmp_path)
     with pytest.raises(Broken) as caught:
         brought_back(made, home)
-    assert list(home.data.iterdir()) == []
+    assert not home.data.exists()
     found = verify.verified(made.store, made.settings, made.keys)
     assert not found.ok
     assert found.why == str(caught.value)
@@ -262,6 +265,52 @@ def _send(made: Site, claim: str, tmp_path: Path) -> None:
         os.close(lock)
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"chain": "0" * 64}, "the chain at sequence"),
+        ({"rows": "0" * 64}, "the rows at sequence"),
+        ({"cluster": "another"}, "not of the history"),
+        ({"lineage": "another"}, "not of the history"),
+    ],
+)
+def test_what_is_not_as_head_says_is_not_restored(
+    made: Site, tmp_path: Path, change: dict[str, str], says: str
+) -> None:
+    head = made.head()
+    assert head is not None
+    (tmp_path / "store" / manifest.HEAD).write_bytes(manifest.encode(msgspec.structs.replace(head, **change)))
+    home = new_home(tmp_path)
+    with pytest.raises(Broken, match=says) as caught:
+        brought_back(made, home)
+    assert caught.value.exit_code == 8
+    assert not home.data.exists()
+
+
+def test_the_new_generation_is_above_all_that_the_backup_knows_of_whatever_the_clock_says(
+    made: Site, tmp_path: Path
+) -> None:
+    head = made.head()
+    assert head is not None
+    newer = msgspec.structs.replace(head, generation=head.generation + 5)
+    (tmp_path / "store" / manifest.HEAD).write_bytes(manifest.encode(newer))
+    done = brought_back(made, new_home(tmp_path), seq=head.seq - 3, now=5.0)
+    assert done.generation == head.generation + 6
+
+
+def test_a_log_that_does_not_belong_to_its_state_is_found_out(made: Site, tmp_path: Path) -> None:
+    head = made.head()
+    assert head is not None
+    path = tmp_path / "copy.db"
+    with closing(sqlite3.connect(made.home.backup / "mirror.db")) as db, closing(sqlite3.connect(path)) as to:
+        db.backup(to)
+    points.check(path, head)
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("UPDATE _backup_log SET chain = ? WHERE seq = ?", ("0" * 64, head.seq))
+    with pytest.raises(Damaged, match="does not end where its state does"):
+        points.check(path, None)
+
+
 def test_a_lost_head_is_said(made: Site, tmp_path: Path) -> None:
     (tmp_path / "store" / manifest.HEAD).unlink()
     with pytest.raises(NoBackup):
@@ -313,7 +362,7 @@ async def test_the_recovery_key_opens_the_authority_for_the_new_member(tmp_path:
         wrong, _ = authority.new_identity()
         with pytest.raises(ConfigError, match="does not open the authority"):
             brought_back(made, new_home(tmp_path, "wrong"), recovery_key=wrong)
-        assert list((tmp_path / "wrong").iterdir()) == []
+        assert not (tmp_path / "wrong").exists()
 
         opened = new_home(tmp_path, "opened")
         assert brought_back(made, opened, recovery_key=identity).authority == "opened"

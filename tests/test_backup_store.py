@@ -153,6 +153,11 @@ def test_what_a_store_refuses_says_what_to_look_at(code: int, word: str, hint: s
             with pytest.raises(StoreError, match="no bucket backups" if code == 404 else word) as caught:
                 ask()
             assert hint in caught.value.hint
+            said = str(caught.value)
+            with pytest.raises(StoreError) as caught:
+                ask()
+            assert str(caught.value) == said, "said once, and not again for each attempt"
+            assert "<" not in said
 
 
 def test_a_store_that_is_no_folder_says_so(tmp_path: Path) -> None:

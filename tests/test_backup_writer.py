@@ -21,7 +21,7 @@ from ledger_support import Steps, desired, fleet, note, service
 from slum.backup import claims, config, litestream, manifest, points, writer
 from slum.backup.config import Keys
 from slum.backup.manifest import Head
-from slum.backup.store import FolderStore
+from slum.backup.store import FolderStore, Listed
 from slum.backup.writer import Writer
 from slum.ledger import follow
 from slum.paths import Home
@@ -151,6 +151,26 @@ def test_a_claim_is_gone_on_with_only_by_whoever_made_it(bench: Bench) -> None:
                 assert (made.claim == first) == (change == {}), change
                 assert bench.head().claim == made.claim
     assert bench.notes.count("backup_claimed") == 3
+
+
+def test_of_two_that_take_the_next_claim_one_takes_the_one_after(bench: Bench, tmp_path: Path) -> None:
+    class Late(FolderStore):
+        """Shows the claims only from the second time on, as a list does that was made a moment ago."""
+
+        looked = False
+
+        def list(self, prefix: str) -> Iterator[Listed]:
+            found = iter(()) if prefix == manifest.CLAIMS and not self.looked else super().list(prefix)
+            self.looked = self.looked or prefix == manifest.CLAIMS
+            return found
+
+    with bench.ledger() as ledger:
+        at = ledger.member.position
+        theirs = manifest.claim_name(at.generation, 1)
+        bench.store.create(f"{manifest.prefix_of(theirs)}/claim.json", b"{}")
+        bench.store = Late(tmp_path / "store")
+        with bench.writer() as made:
+            assert made.claim == manifest.claim_name(at.generation, 2)
 
 
 def test_a_ledger_that_was_put_back_does_not_write_over_what_it_has_lost(bench: Bench, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """mirror.db: the ledger's state once more, made by applying the committed log again; the one file that Litestream opens.
 
-It is written with sqlite-utils, one ``db.atomic()`` a batch, by the same state machine as state.db, so that its chain must
+It is written with sqlite-utils, one transaction a batch, by the same state machine as state.db, so that its chain must
 come out the same: a mirror that differs is thrown away and said. Beside the state it keeps every entry with the chain after
 it (``_backup_log``), from which any point that lies between two uploads can be made again. Never touches state.db but
 by reading; a mirror that was given to Litestream is never swapped for another file.
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import msgspec
@@ -87,7 +87,7 @@ class Mirror:
         logged: list[dict[str, object]] = []
         was = self._state.position
         try:
-            with self._db.atomic():
+            with self._writing():
                 for data in entries:
                     applied = self._state.apply_within(data)
                     self._state.position = at = applied.position
@@ -118,7 +118,7 @@ class Mirror:
         """Return those of *digests* (what the store has) that no kept revision has named for *keep_s*."""
         named = self.blobs_named()
         table = self._db.table(BLOBS)
-        with self._db.atomic():
+        with self._writing():
             since = {row["digest"]: row["unnamed_at"] for row in table.rows}
             for digest in since.keys() - (digests - named):
                 table.delete(digest)
@@ -129,11 +129,22 @@ class Mirror:
 
     def prune(self, before: float) -> None:
         """Forget the entries that were mirrored before that moment."""
-        with self._db.atomic():
+        with self._writing():
             self._db.table(LOG).delete_where("mirrored_at < ?", [before])
 
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Take the write lock first: what only reads and then writes fails at once where Litestream wrote in between."""
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._connection.execute("COMMIT")
+        except BaseException:
+            self._db.rollback()
+            raise
+
     def _make_tables(self) -> None:
-        with self._db.atomic():
+        with self._writing():
             self._db.table(LOG).create(
                 {"seq": int, "at": float, "mirrored_at": float, "chain": str, "data": bytes},
                 pk="seq",

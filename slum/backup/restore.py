@@ -70,7 +70,10 @@ def check_empty(home: Home) -> None:
             f"{home.state} is not empty; nothing was changed",
             hint="a restore never replaces a ledger: name another --data-dir, or move that folder away first",
         )
-    foreign = sorted(path.name for path in home.data.iterdir() if path.name not in OURS and path.name[0] != ".")
+    # What was held before is put aside as state.something.
+    foreign = sorted(
+        path.name for path in home.data.iterdir() if path.name not in OURS and not path.name.startswith((".", "state."))
+    )
     if foreign:
         raise ConfigError(
             f"{home.data} is not empty: {', '.join(foreign[:5])}; nothing was changed",
@@ -105,6 +108,7 @@ def restore(
 ) -> Restored:
     """Put the ledger of the point that is asked for into *home*; it may be started then. See points.restored for errors."""
     check_empty(home)
+    is_ours = not home.data.exists()
     home.data.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
     temporary = home.data / f".restore-{secrets.token_hex(6)}"
     work = Home(data=temporary, run=home.run)
@@ -144,6 +148,10 @@ def restore(
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if is_ours:
+            # Only an empty one goes: of a restore that failed nothing stays.
+            with suppress(OSError):
+                home.data.rmdir()
     return Restored(
         cluster=fresh.cluster_id,
         generation=fresh.generation,

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -224,9 +225,18 @@ class S3Store:
             self._require_bucket(error)
             raise Taken(f"{name} is not as it was read: somebody else writes here too") from error
         except BaseError as error:
-            text = " ".join(str(error).partition("Debug source")[0].split())
+            text = _in_short(str(error))
             hint = next((hint for words, hint in HINTS if any(word in text for word in words)), HINT)
             raise StoreError(f"the store does not do what it is asked: {text[:TEXT_MAX]}", hint=hint) from None
+
+
+def _in_short(said: str) -> str:
+    """Return what the library said in one line that is the same each time: no durations, and of an XML answer what it means."""
+    text = " ".join(said.partition("Debug source")[0].split())
+    text = re.sub(r" in [0-9.]+(ns|µs|ms|s)\b", "", text)
+    before, _, answer = text.partition("<")
+    meaning = re.findall(r"<(?:Code|Message)>([^<]*)<", answer)
+    return f"{before}{', '.join(meaning)}" if meaning else text
 
 
 class FolderStore:

@@ -164,7 +164,7 @@ def _lines(
     if lag:
         lines.append(f"lag        {lag}")
     reach = f"from sequence {head.spans[0].first_seq}, {seconds(now - head.spans[0].first_at)} ago"
-    lines.append(f"reach      {reach}; {len(head.spans)} claims, generation {head.generation}")
+    lines.append(f"reach      {reach}; {quantity(len(head.spans), 'claim')}, generation {head.generation}")
     lines.append(f"size       {size(head.bytes)}")
     if head.verified is None:
         lines.append(f"verified   {asked.paint('never', 'warn')}")
