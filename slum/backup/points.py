@@ -202,7 +202,7 @@ def _earlier(
 
 def _bases(target: dict[str, Any], path: Path, before: float, tell: Tell) -> Iterator[Position]:
     """Yield states at *path* from ever longer before that moment, last the oldest that there is."""
-    found = litestream.segments(target, path.parent)
+    found = litestream.segments(target)
     oldest = min((segment.at for segment in found), default=before)
     for step_s in STEPS_S:
         if before - step_s < oldest:
@@ -226,7 +226,7 @@ def _restore_what_is_left(target: dict[str, Any], path: Path) -> None:
         return
     except LitestreamFailed as error:
         failed = error
-    lasts = sorted({segment.last for segment in litestream.segments(target, path.parent)}, reverse=True)
+    lasts = sorted({segment.last for segment in litestream.segments(target)}, reverse=True)
     # The newest few one by one, then in ever larger steps: a gap makes all that follows it useless.
     tried = sorted({*lasts[:8], *(lasts[n] for n in _steps(len(lasts)))}, reverse=True)[:ATTEMPTS]
     for last in tried:

@@ -7,6 +7,7 @@ old one is fenced. Nothing is started here, and nobody but the store is asked.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import shutil
@@ -39,6 +40,8 @@ OURS = frozenset(
 )
 """What may lie in a data folder that has lost its control plane: services there live on."""
 
+PREFIX = ".restore-"
+"""Of the folder in which all is made."""
 CONFIG = Config()
 Sealed = tuple[bytes, str]
 """(the authority's key in its box, whom it is sealed to beside the recovery key)"""
@@ -110,10 +113,13 @@ def restore(
     check_empty(home)
     is_ours = not home.data.exists()
     home.data.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
-    temporary = home.data / f".restore-{secrets.token_hex(6)}"
+    _remove_what_is_left(home)
+    temporary = home.data / f"{PREFIX}{secrets.token_hex(6)}"
+    temporary.mkdir(mode=0o700)
+    lock = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    fcntl.flock(lock, fcntl.LOCK_EX)
     work = Home(data=temporary, run=home.run)
-    work.state.mkdir(mode=0o700, parents=True)
-    temporary.chmod(0o700)
+    work.state.mkdir(mode=0o700)
     try:
         point = points.restored(store, settings, keys, temporary, seq=seq, at=at, claim=claim, tell=tell)
         _check_machine(home, point)
@@ -148,6 +154,7 @@ def restore(
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
         if is_ours:
             # Only an empty one goes: of a restore that failed nothing stays.
             with suppress(OSError):
@@ -165,6 +172,19 @@ def restore(
         missing=tuple(sorted(missing)),
         authority=authority,
     )
+
+
+def _remove_what_is_left(home: Home) -> None:
+    """Remove what a restore that was killed has left: nobody holds its lock."""
+    for left in home.data.glob(f"{PREFIX}*"):
+        lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left)
+        except BlockingIOError:
+            continue
+        finally:
+            os.close(lock)
 
 
 def _check_machine(home: Home, point: Point) -> None:

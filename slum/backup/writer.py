@@ -79,7 +79,7 @@ class Writer:
         self._document = litestream.configuration(
             settings, litestream.replica(settings, keys, claim), mirror.path, self._control
         )
-        self._child = Child(self._folder, self._control, self._document, lock)
+        self._child = Child(self._control, self._document, lock)
         self._is_doubtful = False
         """Litestream failed to send, and nobody knows whether that is its own trouble or the store's."""
 
@@ -132,7 +132,7 @@ class Writer:
 
     def _restart_child(self) -> None:
         self._child.kill()
-        self._child = Child(self._folder, self._control, self._document, self._lock)
+        self._child = Child(self._control, self._document, self._lock)
         self._wait_for_child()
 
     def _wait_for_child(self) -> None:

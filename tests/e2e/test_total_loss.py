@@ -13,7 +13,7 @@ from members_support import MARKS, Cluster, Host, until
 from cluster_provider import Provider, cloud_toml  # isort: skip
 from cluster_site import fleet_toml  # isort: skip
 
-pytestmark = [*MARKS, pytest.mark.timeout(240)]
+pytestmark = [*(mark for mark in MARKS if mark.name != "xdist_group"), pytest.mark.timeout(240)]
 ADOPTED_S = 300.0
 
 
