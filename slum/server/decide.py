@@ -54,12 +54,6 @@ class Situation:
     """Machines with an action under way, or waiting to be tried again."""
     held: frozenset[str] = frozenset()
     """Machines that are gone and not to be made again now: see vanished.py."""
-    ids: Mapping[tuple[str, str], str] = field(init=False)
-    """By (operator, key) the id of the machine that was observed; of two with one key the first."""
-
-    def __post_init__(self) -> None:
-        pairs = [(name, machine) for name, machines in self.observed.items() for machine in machines]
-        object.__setattr__(self, "ids", {(name, machine.key): machine.id for name, machine in reversed(pairs)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,17 +85,21 @@ class Recognise:
 
 
 Action = Create | Destroy | Recognise
+Ids = Mapping[tuple[str, str], str]
+"""By (operator, key) the id of the machine that was observed; of two with one key the first."""
 
 
 def decide(situation: Situation) -> tuple[Action, ...]:
     """Return what to do now, at most one action a machine."""
     wanted = {one.machine: one for one in situation.wanted}
     known = {one.machine: one for one in situation.known}
+    observed = [(name, machine) for name, machines in situation.observed.items() for machine in machines]
+    ids = {(name, machine.key): machine.id for name, machine in reversed(observed)}
     actions: list[Action] = []
     for machine in sorted(wanted.keys() | known.keys()):
         if machine in situation.resting:
             continue
-        action = _for_one(wanted.get(machine), known.get(machine), known, situation)
+        action = _for_one(wanted.get(machine), known.get(machine), known, situation, ids)
         if action is not None:
             actions.append(action)
     return tuple(actions)
@@ -112,7 +110,9 @@ def key_of(machine: str, incarnation: int) -> str:
     return f"{machine}.{incarnation}"
 
 
-def _for_one(want: Wanted | None, row: Known | None, known: Mapping[str, Known], situation: Situation) -> Action | None:
+def _for_one(
+    want: Wanted | None, row: Known | None, known: Mapping[str, Known], situation: Situation, ids: Ids
+) -> Action | None:
     if row is None or row.state == "destroyed":
         if want is None or want.operator not in situation.observed or not _is_free(want, known, situation):
             return None
@@ -120,14 +120,14 @@ def _for_one(want: Wanted | None, row: Known | None, known: Mapping[str, Known],
     if row.operator not in situation.observed:
         return None
     if row.state == "destroying":
-        return _destroy(row, row.machine_id or _found(row, situation))
+        return _destroy(row, row.machine_id or _found(row, ids))
     if want is None or want.operator != row.operator or want.tenement != row.tenement:
-        return _leave(row, situation)
-    return _keep(want, row, situation)
+        return _leave(row, situation, ids)
+    return _keep(want, row, situation, ids)
 
 
-def _keep(want: Wanted, row: Known, situation: Situation) -> Action | None:
-    found = _found(row, situation)
+def _keep(want: Wanted, row: Known, situation: Situation, ids: Ids) -> Action | None:
+    found = _found(row, ids)
     if row.state == "created":
         return None if found or row.machine in situation.held else _create(want, row.incarnation)
     if row.state == "creating" and found:
@@ -135,11 +135,11 @@ def _keep(want: Wanted, row: Known, situation: Situation) -> Action | None:
     return _create(want, row.incarnation)
 
 
-def _leave(row: Known, situation: Situation) -> Action | None:
+def _leave(row: Known, situation: Situation, ids: Ids) -> Action | None:
     if row.arrives_until and row.arrives_until >= situation.settled_at.get(row.operator, 0.0):
         # A destroy that overtakes the call would find nothing, and the call would leave a machine behind.
         return None
-    found = _found(row, situation)
+    found = _found(row, ids)
     return _destroy(row, row.machine_id or found) if not found or row.machine in situation.drained else None
 
 
@@ -152,9 +152,9 @@ def _is_free(want: Wanted, known: Mapping[str, Known], situation: Situation) -> 
     )
 
 
-def _found(row: Known, situation: Situation) -> str:
+def _found(row: Known, ids: Ids) -> str:
     """Return the id of the machine that its operator has seen for this incarnation, or ""."""
-    return situation.ids.get((row.operator, key_of(row.machine, row.incarnation)), "")
+    return ids.get((row.operator, key_of(row.machine, row.incarnation)), "")
 
 
 def _create(want: Wanted, incarnation: int) -> Create:

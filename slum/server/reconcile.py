@@ -33,7 +33,8 @@ from slum.server.vanished import GRACE_S, vanished
 from slum.server.view import World
 
 TIMER_S = 30.0
-CALM_S = 0.02
+CALM_S, REST = 0.02, 4.0
+"""How long it looks away after a change, in seconds; in a large fleet in times of what looking takes (of the CPU)."""
 OBSERVED_S = 30.0
 """How long an observation may be used; after an action on that operator it is made anew."""
 DRAIN_S = 120.0
@@ -63,11 +64,14 @@ class Reconciler:
         """Reconcile until cancelled."""
         async with asyncio.TaskGroup() as group:
             while True:
-                seen = self._control.changed.count
+                seen, took_s = self._control.changed.count, 0.0
                 try:
                     leader = await self._control.link.leader()
                     if leader.is_self:
-                        for action in self._decide(leader, group):
+                        began = time.thread_time()
+                        actions = self._decide(leader, group)
+                        took_s = time.thread_time() - began
+                        for action in actions:
                             self._busy.add(action.machine)
                             group.create_task(self._perform(action, leader), name=f"reconcile {action.machine}")
                     else:
@@ -77,7 +81,7 @@ class Reconciler:
                     log.get().info("reconcile_waits", why=error.message)
                     await asyncio.sleep(BACKOFF_S[0])
                 await self._control.changed.wait(seen, self._pause())
-                await asyncio.sleep(CALM_S)
+                await asyncio.sleep(max(CALM_S, took_s * REST))
 
     def _pause(self) -> float:
         """Return how long nothing needs to be looked at, unless something changes."""
