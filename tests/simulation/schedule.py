@@ -125,7 +125,7 @@ class Schedule:
         finally:
             for node in self.nodes.all.values():
                 self.nodes.stop(node)
-        seq = max(op.seq for op in self.clients.all)
+        seq = max((op.seq for op in self.clients.all), default=0)
         return f"{len(self.clients.all)} ops, seq {seq}, {len(self.witness.leaders)} leaderships, {len(self.nodes.all)} members ever"
 
     def go_on(self, seconds: float) -> None:

@@ -38,6 +38,8 @@ class Witness:
         """When another member than before began to lead, and who."""
         self._committed: dict[Place, list[tuple[int, int]]] = {}
         """(term, CRC of the command) of entries 1 and up."""
+        self._committed_in: dict[Place, list[int]] = {}
+        """For each of these the term of whoever was first seen to know: a leader of a lower term may lack it."""
         self._seen: dict[str, tuple[Place, int, bool]] = {}
         self._chains: dict[int, str] = {}
         self._fences: dict[int, tuple[int, int, int]] = {}
@@ -99,6 +101,7 @@ class Witness:
             if len(known) < index:
                 self._require_majority(index, term, name, member)
                 known.append(mark)
+                self._committed_in.setdefault(place, []).append(group.term)
             elif known[index - 1] != mark:
                 raise Failed(f"{name} takes another entry {index} of {place} for committed than the others did")
         self._seen[name] = (place, commit, leads)
@@ -143,7 +146,10 @@ class Witness:
         voters = [peer for peer in group if self._votes.get((place, term, peer)) == name]
         if len(voters) * 2 <= len(group) and len(group) > 1:
             raise Failed(f"{name} leads term {term} of {place} with the votes of {voters}, of {len(group)}")
-        for index, (found, crc) in enumerate(self._committed[place], 1):
+        terms = self._committed_in.get(place, [])
+        for index, ((found, crc), since) in enumerate(zip(self._committed[place], terms, strict=True), 1):
+            if since >= term:
+                continue
             if len(log) < index or log.term_of(index) != found or zlib.crc32(log.entry(index)[0]) != crc:
                 raise Failed(f"{name} leads term {term} of {place} without the committed entry {index}")
         if not self.changes or self.changes[-1][1] != name:
