@@ -73,9 +73,9 @@ def status(asked: Invocation) -> int | None:
     from slum.backup import status as said
 
     settings, _keys, store = settings_of(asked, None, None, None, None)
-    found = said.read(asked.home)
     head = _head(store)
-    now = time.time()
+    # Afterwards: a store that hangs is asked for long.
+    found, now = said.read(asked.home), time.time()
     waiting, waiting_s = _waiting(asked, found, head, now)
     well = _is_well(found, head, now) and (waiting == 0 or waiting_s <= settings.alarm)
     if asked.json:
