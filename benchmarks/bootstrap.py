@@ -21,17 +21,18 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from measure import row  # noqa: E402
-from ssh_hosts import Shape, Site, a_site  # noqa: E402
 
 from slum import model  # noqa: E402
 from slum.operators.ssh_hand import Hand, working  # noqa: E402
 from slum.operators.ssh_hosts import KeyFile  # noqa: E402
 from slum.operators.ssh_link import Dialer  # noqa: E402
+
+if TYPE_CHECKING:
+    from ssh_hosts import Site
 
 PEERS = Path("/var/tmp/slum-bench-peers")
 VERSIONS = ("pyinfra>=3.5", "ansible-core>=2.18")
@@ -136,6 +137,9 @@ def main(argv: list[str]) -> int:
         given_us = json.loads(Path(options.ours).read_text())
         asyncio.run(ours(given_us, Path(given_us["file"]).read_bytes()))
         return 0
+    from measure import row
+    from ssh_hosts import Shape, a_site
+
     install_peers()
     mine: list[float] = []
     again: list[float] = []

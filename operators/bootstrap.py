@@ -223,14 +223,24 @@ async def bring_up(
         await hand.ask(
             "claim", name=name, cluster=spec.cluster, key=spec.key, machine=spec.machine, tenement=spec.tenement
         )
-    facts = await look(hand)  # somebody may have been at work until we had the lock
-    for step in steps(facts, house, spec):
+    try:
+        await _do_all(hand, house, spec, diary)
+    except OperatorError as error:
+        if error.provider_code != "damaged":
+            raise
+        diary.note("damaged", error.message)
+        await _do_all(hand, house, spec, diary)
+    diary.note("done", f"{facts.distribution}, Python {facts.python}, {house.name}")
+    return before
+
+
+async def _do_all(hand: Hand, house: Wheelhouse, spec: MachineSpec | None, diary: Diary) -> None:
+    """Do what is left to do by what the host says now: somebody may have been at work until we had the lock."""
+    for step in steps(await look(hand), house, spec):
         diary.note(step.title)
         began = time.monotonic()
         said = await _do(step, hand)
         diary.note(step.title, f"{said or 'done'} ({time.monotonic() - began:.1f} s)")
-    diary.note("done", f"{facts.distribution}, Python {facts.python}, {house.name}")
-    return before
 
 
 async def switch(hand: Hand, house: Wheelhouse, diary: Diary) -> bool:

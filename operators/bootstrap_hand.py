@@ -1,10 +1,8 @@
-"""The far end of a bootstrap: this file's text is run by the host's own Python (3.11+, as root) at the end of an SSH channel.
+"""The far end of a bootstrap, as far as it changes the host: what bootstrap_look.py, which runs there, is given then.
 
-It reads requests from stdin, a JSON line each, some followed by bytes, and answers each with a JSON line. Every verb
-leaves the host as it was or as it shall be, whenever it is killed: files and whole folders are renamed into place once
-complete. What changes something is done under one lock a host, with the fencing token of whoever asks checked there.
-Standard library only, and what is large of it imported when it is needed: on most visits nothing is to be done.
-Must never print or keep a request, which may hold a join token.
+Every verb leaves the host as it was or as it shall be, whenever it is killed: files and whole folders are renamed into
+place once complete. What changes something is done under one lock a host, with the fencing token of whoever asks checked
+there. Standard library only. Must never print or keep a request, which may hold a join token.
 """
 
 from __future__ import annotations
@@ -14,93 +12,49 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
 
-OPT = Path("/opt/slum")
-WHEELS = OPT / "wheels"
-DATA = Path("/var/lib/slum")
+from slum.operators.bootstrap_look import (
+    BOOT,
+    DATA,
+    FOLDERS,
+    IDENTITY,
+    IDLE_S,
+    KEEPER,
+    OPT,
+    RECORD,
+    UNIT,
+    WHEELS,
+    Refused,
+    agent_python,
+    answers_at,
+    digest_of,
+    read,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import BinaryIO
+
+    from slum.operators.bootstrap_look import Fields
+
+_OPT, _WHEELS, _DATA, _UNIT = Path(OPT), Path(WHEELS), Path(DATA), Path(UNIT)
 GONE = Path("/var/lib/slum-gone")
-RECORD = DATA / "host.json"
-IDENTITY = DATA / "agent/identity.json"
-BOOT = DATA / "boot.json"
-KEEPER = "/run/slum/p/keeper.sock"
 LOCK = "/run/slum-bootstrap.lock"
-UNIT = Path("/etc/systemd/system/slum.service")
-PROGRAMS = {"bwrap": "bubblewrap", "nft": "nftables"}
-IDLE_S = 60
-"""Whoever asks is gone when nothing comes for so long, even if the network does not say so."""
+CHUNK_BYTES = 1 << 16
+"""Of an upload; each one taken is told by an empty line (ssh_hand.py)."""
 OUTPUT_MAX = 64 << 10
 DEAD_MAX = 100
 ENVIRONMENT = {
-    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "PATH": ":".join(FOLDERS),
     "HOME": "/root",
     "LANG": "C.UTF-8",
     "DEBIAN_FRONTEND": "noninteractive",
 }
 PR_SET_PDEATHSIG = 1
-
-Fields = dict[str, Any]
-
-
-class Refused(Exception):
-    """Not done: a code for programs, words for people."""
-
-    def __init__(self, code: str, why: str) -> None:
-        super().__init__(why)
-        self.code = code
-
-
-def main(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Serve until the other side says nothing more."""
-    while True:
-        signal.alarm(IDLE_S)
-        line = requests.readline()
-        if not line.endswith(b"\n"):
-            return
-        request = json.loads(line)
-        try:
-            if request["do"] != "put":
-                signal.alarm(0)
-            answer = VERBS[request.pop("do")](requests, **request)
-        except Refused as error:
-            answer = {"code": error.code, "error": str(error)}
-        except OSError as error:
-            answer = {"code": _code(error), "error": f"{error.filename or 'the host'}: {error.strerror or error}"}
-        answers.write(json.dumps(answer).encode() + b"\n")
-        answers.flush()
-
-
-def _code(error: OSError) -> str:
-    return {28: "disk_full", 122: "disk_full", 30: "read_only"}.get(error.errno or 0, "os")
-
-
-def facts(_requests: BinaryIO) -> Fields:
-    """Tell what this host is and has. Changes nothing, needs no lock."""
-    record, identity = _read(RECORD), _read(IDENTITY)
-    return {
-        "distribution": _distribution(),
-        "python": ".".join(map(str, sys.version_info[:3])),
-        "arch": os.uname().machine,
-        "libc": _libc(),
-        "systemd": os.path.isdir("/run/systemd/system"),
-        "free_mb": min(_free_mb(OPT), _free_mb(DATA)),
-        "read_only": [str(path) for path in (OPT, DATA) if not os.access(_existing(path), os.W_OK)],
-        "missing": [package for program, package in PROGRAMS.items() if not _which(program)],
-        "apt": _which("apt-get"),
-        "installed": sorted(path.name for path in _children(OPT) if (path / "bin/slum").exists()),
-        "wheels": sorted(path.name for path in _children(WHEELS) if _children(path)),
-        "cluster": record.get("cluster", ""),
-        "claim": record.get("claim") or {},
-        "identity": identity,
-        "runs": _runs(identity),
-        "unit": UNIT.read_text() if UNIT.exists() else "",
-        "agent_python": _agent_python(),
-    }
 
 
 def take(_requests: BinaryIO, cluster: str, fence: list[int], wait_s: float) -> Fields:
@@ -122,7 +76,7 @@ def take(_requests: BinaryIO, cluster: str, fence: list[int], wait_s: float) -> 
             elif time.monotonic() > end:
                 raise Refused("busy", "another bootstrap is at work on this host") from None
             time.sleep(0.05)
-    record = _read(RECORD)
+    record = read(RECORD)
     if fence and record.get("cluster") == cluster and record.get("fence", []) > fence:
         raise Refused("fenced", "a newer leader of the control plane was here")
     me = {"pid": os.getpid(), "start": _start_time(os.getpid()), "cluster": cluster, "fence": fence}
@@ -138,7 +92,7 @@ def take(_requests: BinaryIO, cluster: str, fence: list[int], wait_s: float) -> 
 
 def claim(_requests: BinaryIO, name: str, cluster: str, key: str, machine: str, tenement: str) -> Fields:
     """Make this the host of *key*; Refused when it is another's, or when *key* was destroyed here before."""
-    record, identity = _read(RECORD), _read(IDENTITY)
+    record, identity = read(RECORD), read(IDENTITY)
     held = record.get("claim") or {}
     if name in record.get("dead", ()):
         raise Refused("dead", f"{key} was destroyed here and comes back as a later incarnation only")
@@ -152,13 +106,11 @@ def claim(_requests: BinaryIO, name: str, cluster: str, key: str, machine: str, 
     return {}
 
 
-def have(_requests: BinaryIO, paths: list[str]) -> Fields:
-    """Tell the digests of the files that are there, "" for the others."""
-    return {"digests": {path: _digest(Path(path)) if os.path.isfile(path) else "" for path in paths}}
-
-
 def put(requests: BinaryIO, path: str, size: int, sha256: str, mode: int) -> Fields:
-    """Write the *size* bytes that follow to *path*: whole, with that digest, or not at all."""
+    """Write the *size* bytes that follow to *path*: whole, with that digest, or not at all.
+
+    A power cut may leave less of it: it is not synced, but read once more before it is used.
+    """
     target, digest, left = Path(path), hashlib.sha256(), size
     temporary = target.with_name(f".slum-new-{os.urandom(6).hex()}")
     trouble: OSError | None = None
@@ -170,7 +122,7 @@ def put(requests: BinaryIO, path: str, size: int, sha256: str, mode: int) -> Fie
     with file:
         while left:
             signal.alarm(IDLE_S)
-            data = requests.read(min(left, 1 << 18))
+            data = requests.read(min(left, CHUNK_BYTES))
             if not data:
                 temporary.unlink(missing_ok=True)
                 sys.exit(0)
@@ -181,11 +133,12 @@ def put(requests: BinaryIO, path: str, size: int, sha256: str, mode: int) -> Fie
                     file.write(data)
             except OSError as error:
                 trouble = error
+            sys.stdout.buffer.write(b"\n")
+            sys.stdout.buffer.flush()
         try:
             if trouble is None:
                 file.flush()
                 os.fchmod(file.fileno(), mode)
-                os.fsync(file.fileno())
         except OSError as error:
             trouble = error
     if trouble is not None or digest.hexdigest() != sha256:
@@ -199,14 +152,17 @@ def put(requests: BinaryIO, path: str, size: int, sha256: str, mode: int) -> Fie
 
 def install(_requests: BinaryIO, name: str, wheels: dict[str, str]) -> Fields:
     """Make OPT/name a virtual environment of *wheels* (digest by file name); it is there complete or not at all."""
-    target, new = OPT / name, OPT / f".slum-new-{os.urandom(6).hex()}"
+    target, new = _OPT / name, _OPT / f".slum-new-{os.urandom(6).hex()}"
     if target.exists():
         return {"output": ""}
-    files = [WHEELS / digest / file for file, digest in wheels.items()]
-    for file in files:
-        if _digest(file) != file.parent.name:
-            file.unlink()
-            raise Refused("damaged", f"{file} was damaged and is removed; do it again")
+    files = [_WHEELS / digest / file for file, digest in wheels.items()]
+    damaged = [file for file in files if digest_of(str(file)) != file.parent.name]
+    for file in damaged:
+        file.unlink()
+    if damaged:
+        raise Refused(
+            "damaged", f"{' and '.join(file.name for file in damaged)} were damaged and are removed; do it again"
+        )
     uv = _unpacked_uv(next(file for file in files if file.name.startswith("uv-")), new)
     common = ["--offline", "--no-cache", "--no-config", "--quiet"]
     python = getattr(sys, "_base_executable", sys.executable)
@@ -232,37 +188,37 @@ def run(_requests: BinaryIO, argv: list[str], stdin: str, timeout_s: float) -> F
 
 def leave(_requests: BinaryIO, name: str, cluster: str) -> Fields:
     """Stop the agent and the services of machine *name* and forget it; another's are not touched. Its data is kept aside."""
-    record, identity = _read(RECORD), _read(IDENTITY)
+    record, identity = read(RECORD), read(IDENTITY)
     held = record.get("claim") or {}
     if held.get("name") != name:
         if name not in record.get("dead", ()) and record.get("cluster", cluster) == cluster:
             _write(RECORD, {**record, "dead": [*record.get("dead", ()), name][-DEAD_MAX:]})
         return {"left": False}
-    systemd = os.path.isdir("/run/systemd/system") and UNIT.exists()
-    python = _agent_python() or record.get("python", "")
+    systemd = os.path.isdir("/run/systemd/system") and _UNIT.exists()
+    python = agent_python() or record.get("python", "")
     if python:
         record["python"] = python
         _write(RECORD, record)
-    BOOT.unlink(missing_ok=True)
+    Path(BOOT).unlink(missing_ok=True)
     if systemd:
-        _told(["systemctl", "disable", "--quiet", UNIT.name], 30)
+        _told(["systemctl", "disable", "--quiet", _UNIT.name], 30)
     if python and os.path.exists(python):
         _told([python, "-P", "-m", "slum.cli.main", "down", "--services"], 100)
-    elif _answers(KEEPER):
+    elif answers_at(KEEPER):
         raise Refused("os", "a keeper runs here and no slum is there to stop it with")
     if systemd:
-        _told(["systemctl", "stop", UNIT.name], 30)
-        UNIT.unlink(missing_ok=True)
+        _told(["systemctl", "stop", _UNIT.name], 30)
+        _UNIT.unlink(missing_ok=True)
         _told(["systemctl", "daemon-reload"], 30)
     aside = GONE / name
-    if identity or (DATA / "services").exists():
+    if identity or (_DATA / "services").exists():
         aside.mkdir(mode=0o700, parents=True, exist_ok=True)
     for part in ("services", "logs"):
-        if (DATA / part).exists() and not (aside / part).exists():
-            os.rename(DATA / part, aside / part)
-    IDENTITY.unlink(missing_ok=True)
+        if (_DATA / part).exists() and not (aside / part).exists():
+            os.rename(_DATA / part, aside / part)
+    Path(IDENTITY).unlink(missing_ok=True)
     for part in ("agent", "bundles"):
-        _remove(DATA / part)
+        _remove(_DATA / part)
     dead = [*(one for one in record.get("dead", ()) if one != name), name][-DEAD_MAX:]
     _write(RECORD, {**record, "claim": None, "dead": dead, "python": ""})
     return {"left": True}
@@ -270,13 +226,13 @@ def leave(_requests: BinaryIO, name: str, cluster: str) -> Fields:
 
 def switch(_requests: BinaryIO, name: str) -> Fields:
     """Let OPT/name run this machine's keeper and agent instead of what does; services are adopted as they are."""
-    python = str(OPT / name / "bin/python")
-    if not _read(IDENTITY) or (_agent_python() == python and _answers(KEEPER)):
+    python = str(_OPT / name / "bin/python")
+    if not read(IDENTITY) or (agent_python() == python and answers_at(KEEPER)):
         return {"switched": False}
     slum = [python, "-P", "-m", "slum.cli.main"]
-    if os.path.isdir("/run/systemd/system") and UNIT.exists():
-        _told(["systemctl", "stop", UNIT.name], 120)
-    elif _answers(KEEPER):
+    if os.path.isdir("/run/systemd/system") and _UNIT.exists():
+        _told(["systemctl", "stop", _UNIT.name], 120)
+    elif answers_at(KEEPER):
         _told([*slum, "down"], 60)
         _stop(_keeper_pid())
     _told([*slum, "up"], 90)
@@ -284,10 +240,8 @@ def switch(_requests: BinaryIO, name: str) -> Fields:
 
 
 VERBS: dict[str, Callable[..., Fields]] = {
-    "facts": facts,
     "take": take,
     "claim": claim,
-    "have": have,
     "put": put,
     "install": install,
     "run": run,
@@ -298,7 +252,7 @@ VERBS: dict[str, Callable[..., Fields]] = {
 
 def _tidy() -> None:
     """Remove what a killed predecessor left half done."""
-    for folder in (OPT, *_children(WHEELS)):
+    for folder in (_OPT, *_children(_WHEELS)):
         for path in _children(folder, hidden=True):
             if path.name.startswith(".slum-new-"):
                 _remove(path)
@@ -306,16 +260,16 @@ def _tidy() -> None:
 
 def _prune(name: str, wheels: set[str]) -> None:
     """Remove what is installed beside *name* and run by nobody, and wheels that are not among *wheels* (digests)."""
-    used = {_agent_python()}
+    used = {agent_python()}
     for pid in filter(str.isdecimal, os.listdir("/proc")):
         try:
             used.add(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode(errors="replace"))
         except OSError:
             continue  # it has ended
-    old = [one for one in _children(OPT) if one not in (OPT / name, WHEELS)]
+    old = [one for one in _children(_OPT) if one not in (_OPT / name, _WHEELS)]
     unused = [one for one in old if not any(program.startswith(f"{one}/") for program in used)]
-    for path in (*unused, *(one for one in _children(WHEELS) if one.name not in wheels)):
-        gone = OPT / f".slum-new-{os.urandom(6).hex()}"  # never there in part under its own name
+    for path in (*unused, *(one for one in _children(_WHEELS) if one.name not in wheels)):
+        gone = _OPT / f".slum-new-{os.urandom(6).hex()}"  # never there in part under its own name
         os.rename(path, gone)
         _remove(gone)
 
@@ -423,22 +377,8 @@ def _start_time(pid: int) -> str:
         return ""
 
 
-def _runs(identity: Fields) -> bool:
-    """Tell whether the machine of *identity* has joined completely and its keeper answers."""
-    return bool(identity) and BOOT.exists() and (DATA / "agent/home.json").exists() and _answers(KEEPER)
-
-
-def _answers(path: str) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as link:
-        link.settimeout(2)
-        try:
-            link.connect(path)
-        except OSError:
-            return False
-    return True
-
-
 def _keeper_pid() -> int:
+    import socket
     import struct
 
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as link:
@@ -457,23 +397,8 @@ def _stop(pid: int) -> None:
         time.sleep(0.05)
 
 
-def _agent_python() -> str:
-    """Return the Python that the keeper starts the agent with, "" when there is none."""
-    children = _read(BOOT).get("children", [])
-    return next((str(child["argv"][0]) for child in children if child.get("name") == "agent"), "")
-
-
-def _read(path: Path) -> Fields:
-    try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise Refused("damaged", f"{path} cannot be read: {error}; remove it") from error
-    return found if isinstance(found, dict) else {}
-
-
-def _write(path: Path, fields: Fields) -> None:
+def _write(name: str, fields: Fields) -> None:
+    path = Path(name)
     path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
@@ -492,47 +417,11 @@ def _write(path: Path, fields: Fields) -> None:
         os.close(folder)
 
 
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _children(folder: Path, *, hidden: bool = False) -> list[Path]:
     try:
         return [path for path in folder.iterdir() if hidden or not path.name.startswith(".")]
     except (FileNotFoundError, NotADirectoryError):
         return []
-
-
-def _existing(path: Path) -> Path:
-    """Return *path*, or the nearest folder above it that is there."""
-    return next(one for one in (path, *path.parents) if one.exists())
-
-
-def _free_mb(path: Path) -> int:
-    found = os.statvfs(_existing(path))
-    return found.f_bavail * found.f_frsize >> 20
-
-
-def _which(program: str) -> bool:
-    return any(os.access(f"{folder}/{program}", os.X_OK) for folder in ENVIRONMENT["PATH"].split(":"))
-
-
-def _distribution() -> str:
-    """Return what os-release(5) calls this system."""
-    try:
-        lines = Path("/etc/os-release").read_text().splitlines()
-    except OSError:
-        return "unknown"
-    return next((line.partition("=")[2].strip("\"'") for line in lines if line.startswith("PRETTY_NAME=")), "unknown")
-
-
-def _libc() -> str:
-    """Return "glibc 2.36", or "musl 1.2" for what is no glibc."""
-    try:
-        return os.confstr("CS_GNU_LIBC_VERSION") or "musl 1.2"
-    except ValueError:
-        return "musl 1.2"
 
 
 def _remove(path: Path) -> None:
@@ -543,8 +432,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-if __name__ == "__main__":
-    os.umask(0o022)
-    main(sys.stdin.buffer, sys.stdout.buffer)

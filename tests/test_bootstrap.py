@@ -267,13 +267,14 @@ def test_one_process_downloads_for_all(tmp_path: Path) -> None:
 def test_the_hand_needs_the_standard_library_only() -> None:
     import ast
 
-    text = (Path(wheelhouse.__file__).parent / "bootstrap_hand.py").read_text()
-    found = {
-        (node.names[0].name if isinstance(node, ast.Import) else node.module or "").split(".")[0]
-        for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.Import | ast.ImportFrom)
-    }
-    assert found - {"__future__"} <= set(sys.stdlib_module_names)
+    for name, more in (("bootstrap_look", set[str]()), ("bootstrap_hand", {"slum.operators.bootstrap_look"})):
+        text = (Path(wheelhouse.__file__).parent / f"{name}.py").read_text()
+        found = {
+            node.names[0].name if isinstance(node, ast.Import) else node.module or ""
+            for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+        }
+        assert {one.split(".")[0] for one in found - more} <= set(sys.stdlib_module_names)
 
 
 # --- commands ----------------------------------------------------------------------------------------------------------

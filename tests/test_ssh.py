@@ -29,6 +29,7 @@ from slum.operators import naming
 from slum.operators.base import Held
 from slum.operators.ssh import Ssh
 from slum.operators.ssh_hosts import machine_id
+from slum.operators.wheelhouse import Target
 
 pytestmark = pytest.mark.root
 ROUNDS = int(os.environ.get("SLUM_SSH_ROUNDS", "3"))
@@ -85,7 +86,12 @@ def on(host: Host, path: str) -> Path:
 
 
 def keepers(host: Host) -> list[int]:
-    return [pid for pid in host.pids() if b"keeper.sock" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    found = []
+    for pid in host.pids():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
+            if b"keeper.sock" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
 
 
 def size(file: Path) -> int:
@@ -160,6 +166,18 @@ async def test_a_host_that_loses_power_in_an_upload(bench: Bench) -> None:
     start(host)
     await asyncio.to_thread(bench.site.wait)
     await converges(bench)
+
+
+async def test_what_a_power_cut_has_cut_short_is_uploaded_again(bench: Bench) -> None:
+    (host,) = bench.site.hosts
+    for wheel in (await StandIns(bench.wheels).of(Target(python="3.11", arch="x86_64", libc="glibc 2.36"))).wheels:
+        there = on(host, f"/opt/slum/wheels/{wheel.sha256}/{wheel.name}")
+        there.parent.mkdir(parents=True)
+        there.touch()
+    operator = bench.operator()
+    machine = await operator.create(a_spec())
+    assert await operator.observe(CLUSTER) == (machine,)
+    assert_nothing_half_installed(host)
 
 
 async def test_a_destroy_that_was_killed_is_done_again(bench: Bench) -> None:
