@@ -110,12 +110,12 @@ def _say(asked: Invocation, done: object) -> None:
         )
     if done.authority == "sealed":
         asked.say(
-            f"  {asked.paint('the authority stays closed', 'warn')}: nobody can join. Restore again with --recovery-key-file FILE"
+            f"  {asked.paint('the authority stays closed', 'warn')}: nobody elsewhere can come in. Restore again with --recovery-key-file FILE"
         )
     asked.say("next: slum up                 starts it; agents that find it report, and are told nothing")
     asked.say("      slum resume             shows what would be done to machines and services, asks, goes on")
     if done.authority == "opened":
-        asked.say("      slum server init --address HOST      then `slum token new member` for the other members")
+        asked.say("      slum server init --address HOST      lets machines elsewhere in, by a HOST that they know; then other members")
     if not asked.home.server_config.exists():
         asked.say(
             "      write [backup] into server.toml when this cluster shall go on with the backup (docs/backup.md)"
