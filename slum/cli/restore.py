@@ -115,7 +115,9 @@ def _say(asked: Invocation, done: object) -> None:
     asked.say("next: slum up                 starts it; agents that find it report, and are told nothing")
     asked.say("      slum resume             shows what would be done to machines and services, asks, goes on")
     if done.authority == "opened":
-        asked.say("      slum server init --address HOST      lets machines elsewhere in, by a HOST that they know; then other members")
+        asked.say(
+            "      slum server init --address HOST      lets machines elsewhere in, by a HOST that they know; then other members"
+        )
     if not asked.home.server_config.exists():
         asked.say(
             "      write [backup] into server.toml when this cluster shall go on with the backup (docs/backup.md)"
