@@ -23,7 +23,7 @@ from slum.node.keeper_children import Children
 from slum.node.keeper_clients import Client, Door, Refused
 from slum.node.keeper_listen import Listener, bind, check_listen, holders, take_back
 from slum.node.keeper_loop import Loop
-from slum.node.keeper_start import AlreadyRuns, Options, OwnLog, Places, detach, lock, prepare, sign
+from slum.node.keeper_start import LEFT, AlreadyRuns, Options, OwnLog, Places, detach, lock, prepare, sign
 from slum.node.keeper_table import LISTENER, Child, Table
 
 TYPE_CHECKING = False
@@ -86,17 +86,19 @@ class Keeper:
         self.children.reap()
         self._start_booted(booted)
 
-    def run(self) -> None:
-        """Serve until a signal (children stay, for the next keeper) or the end of a shutdown (nothing stays)."""
+    def run(self) -> int:
+        """Serve until a signal (children stay, for the next keeper: LEFT) or the end of a shutdown (nothing stays: 0)."""
+        status = LEFT
         while self._running:
             self.loop.turn()
             if self._leaving and not self.children.any_left():
-                self._running = False
+                self._running, status = False, 0
                 for listener in self._listeners.values():
                     listener.close(unlink=True)
                     self._table.remove(LISTENER, listener.name)
                 self.children.forget_all()
         self.door.close()
+        return status
 
     def _catch_signals(self) -> None:
         reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -380,8 +382,7 @@ def main(arguments: Sequence[str]) -> int:
         os.close(ready)
     gc.collect()
     gc.freeze()
-    keeper.run()
-    return 0
+    return keeper.run()
 
 
 def _inherited_state(fd: int) -> dict[str, Any]:

@@ -17,6 +17,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+LEFT = 75
+"""Exit status of a keeper that was asked to end, and leaves children for the next one: not 0, which says that none is needed."""
 USAGE = "usage: python -m slum.node.keeper --data-dir DIR --run-dir DIR [--detach | --wait]"
 
 

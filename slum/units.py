@@ -10,6 +10,7 @@ import hashlib
 import shlex
 from collections.abc import Sequence
 
+from slum.node.keeper_start import LEFT
 from slum.paths import Home
 
 USUAL = ("/var/lib/slum", "/run/slum")
@@ -29,8 +30,10 @@ ExecStart={start}
 ExecStop={stop}
 # The keeper alone is signalled: its children go on, and the next keeper adopts them.
 KillMode=process
-# It ends by itself, with 0, when `slum down --services` has ended all that it kept.
+# It ends by itself, with 0, when `slum down --services` has ended all that it kept. Whoever else ends it gets another one.
 Restart=on-failure
+SuccessExitStatus={left}
+RestartForceExitStatus={left}
 RestartSec=300ms
 Delegate=yes
 DelegateSubgroup=keeper
@@ -77,6 +80,7 @@ def keeper_unit(home: Home, *, keeper: Sequence[str], env: dict[str, str], slum:
         environment="\n".join(f"Environment={_quoted(f'{name}={value}')}" for name, value in sorted(env.items())),
         start=_systemd_line([*keeper, "--wait"]),
         stop=_systemd_line([*slum, *_folders(home), "down"]),
+        left=LEFT,
     )
 
 

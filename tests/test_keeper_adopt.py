@@ -15,6 +15,7 @@ import pytest
 from keeper_support import DEADLINE_S, Rig, alive, child_of, exited, holds, python, rig, shell, text_of, until
 
 from slum.errors import Unreachable
+from slum.node.keeper_start import LEFT
 from slum.node.keeperclient import Child, KeeperClient, call, keeper_command, start_detached
 from slum.node.types import Respawn
 
@@ -211,6 +212,18 @@ async def test_orphans_of_children_are_reaped(rig: Rig) -> None:
 
     await holds(lambda: not os.path.exists(f"/proc/{orphan}"))
     assert f"PPid:\t{rig.pid}" in text_of(f"/proc/{(await client.list_children())[0].pid}/status")
+
+
+async def test_a_keeper_that_is_asked_to_end_says_that_the_next_one_is_needed(rig: Rig) -> None:
+    """By its exit status, for an init that starts it again unless it was its own wish."""
+    client = await rig.started()
+    child = await client.spawn(shell(rig, "c", "exec sleep 1000"))
+    process = rig.process
+    assert process is not None
+    process.terminate()
+    await holds(lambda: process.poll() is not None)
+    assert process.returncode == LEFT
+    assert alive(child.pid)
 
 
 async def test_a_second_keeper_leaves_the_first_alone(rig: Rig) -> None:

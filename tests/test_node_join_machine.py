@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from slum.node import boot, service
 from slum.node.keeperclient import call, keeper_command
 from slum.nodeimage import node_image
 from slum.paths import Home
+from slum.server import boot as server_boot
 
 ROOT_HOME = Home(data=Path("/var/lib/slum"), run=Path("/run/slum"))
 
@@ -241,6 +243,22 @@ if words[0] == "start" and not (pid.exists() and os.path.exists("/proc/" + pid.r
 if words[0] == "show":
     print(pid.read_text() if pid.exists() else 0)
 """
+
+
+@pytest.mark.root
+def test_slum_up_is_by_the_unit_where_one_is_installed_and_makes_it_its_own(systemd: Path) -> None:
+    token = secrets.token_hex(3)
+    home = Home(data=Path(f"/tmp/slum-n-{token}"), run=Path(f"/tmp/sn{token}"))
+    unit = systemd / service.install(home)
+    unit.write_text(unit.read_text().replace(sys.executable, "/opt/before/bin/python"))
+    try:
+        up = server_boot.up(home, wait=False)
+        assert up.keeper_pid == int((systemd / f"{unit.name}.pid").read_text())
+        assert f"ExecStart={sys.executable}" in unit.read_text()
+    finally:
+        server_boot.down(home, services=True, grace_s=2.0)
+        for folder in (home.data, home.run):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 async def test_under_systemd_the_keeper_is_a_unit_that_takes_over_what_runs(systemd: Path) -> None:

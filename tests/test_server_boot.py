@@ -18,6 +18,7 @@ import pytest
 
 from slum.client import Client
 from slum.errors import ConfigError, SlumError, Unreachable
+from slum.node.boot import check_keeper
 from slum.node.keeperclient import Child, call
 from slum.node.types import Spawn
 from slum.paths import Home
@@ -157,4 +158,4 @@ def test_another_data_folder_for_a_run_folder_in_use_is_refused(home: Home, tmp_
     assert not other.data.exists()
     link = tmp_path / "link"
     link.symlink_to("/tmp")
-    boot.check_keeper(Home(data=link / home.data.name, run=home.run))
+    check_keeper(Home(data=link / home.data.name, run=home.run))

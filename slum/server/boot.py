@@ -16,8 +16,8 @@ import msgspec
 
 from slum.errors import Unreachable
 from slum.frozen import Frozen
-from slum.node import boot
-from slum.node.boot import GRACE_S, POLL_S, check_keeper
+from slum.node import boot, service
+from slum.node.boot import GRACE_S, POLL_S
 from slum.node.keeperclient import call
 from slum.node.limits.detect import detect
 from slum.node.types import Spawn
@@ -86,16 +86,16 @@ def write_boot(home: Home) -> tuple[Spawn, ...]:
 def up(home: Home, *, timeout_s: float = UP_S, wait: bool = True) -> UpResult:
     """Make keeper, ledger, server and agent run and return when the API answers; finds what runs. Unreachable if not.
 
-    Without *wait* return at once. The front of a member is the server's to start, and ends with ``down``.
+    By its systemd unit where one is installed, which is this slum's from then on. Without *wait* return at once. The front of a member is the server's to start, and ends with ``down``.
     """
-    check_keeper(home)
-    hello, started, keeper_started = boot.start(home, boot_children(home))
+    new = boot.children(home) is None
+    done = service.start(home, boot_children(home), installing=False)
     if wait:
         wait_for_api(home, timeout_s)
     return UpResult(
-        keeper_started=keeper_started,
-        started=started,
-        keeper_pid=hello.pid,
+        keeper_started=new,
+        started=done.started,
+        keeper_pid=int(call(home, "hello")["pid"]),
         data=str(home.data),
         run=str(home.run),
     )
