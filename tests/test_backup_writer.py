@@ -233,7 +233,7 @@ def restored(bench: Bench, folder: Path, **which: Any) -> points.Point:
     return points.restored(bench.store, bench.settings, NO_KEYS, folder, **which)
 
 
-@pytest.mark.parametrize("how", ["gone", "empty", "cut", "strange claim"])
+@pytest.mark.parametrize("how", ["gone", "empty", "cut", "no text", "strange claim", "claim that is not there"])
 def test_without_head_the_newest_claim_can_be_had(bench: Bench, tmp_path: Path, how: str) -> None:
     with bench.ledger() as ledger, bench.writer() as made:
         ledger.ask(*notes(3))
@@ -244,6 +244,10 @@ def test_without_head_the_newest_claim_can_be_had(bench: Bench, tmp_path: Path, 
     match how:
         case "gone":
             file.unlink()
+        case "no text":
+            file.write_bytes(data.replace(b'"claim"', b'"cl\xe5im"'))
+        case "claim that is not there":
+            file.write_bytes(data.replace(claim.encode(), f"{claim[:-1]}9".encode()))
         case "strange claim":
             file.write_bytes(data.replace(claim.encode(), b"../" + claim.encode()[3:]))
         case _:

@@ -74,7 +74,7 @@ def resumed(
 ) -> tuple[str, Mirror] | None:
     """Return the claim and mirror of before, when both still are in force; None, and nothing of them left, otherwise."""
     mirror = None
-    with suppress(OSError, msgspec.MsgspecError, Refusal, follow.Gone):
+    with suppress(OSError, *manifest.NOT_JSON, Refusal, follow.Gone):
         mine = msgspec.json.decode((folder / MINE).read_bytes(), type=_Mine)
         found = store.get(f"{manifest.prefix_of(mine.claim)}/claim.json")
         claim = None if found is None else manifest.decode_claim(found.data)

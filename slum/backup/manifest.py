@@ -26,6 +26,8 @@ HEAD = "HEAD.json"
 CLAIMS = "claims"
 BLOBS = "blobs"
 HINT = "is this the right address? If it is, remove the file: the leader's next claim makes it anew"
+NOT_JSON = (msgspec.MsgspecError, UnicodeDecodeError)
+"""What decoding raises; the second where a name of a field is not UTF-8."""
 _CLAIM = re.compile(r"[0-9]{1,18}-[0-9]{6,12}")
 
 
@@ -120,7 +122,7 @@ def decode_head(data: bytes) -> Head:
                 f"the backup has format {number}, this slum knows {FORMAT}", hint="install the slum that wrote it"
             )
         head = msgspec.json.decode(data, type=Head)
-    except msgspec.MsgspecError as error:
+    except NOT_JSON as error:
         raise NotReadable(f"{HEAD} in the store is no manifest of slum: {error}", hint=HINT) from error
     strange = next((span.claim for span in head.spans if not _CLAIM.fullmatch(span.claim)), None)
     if strange is not None:
@@ -132,7 +134,7 @@ def decode_claim(data: bytes) -> Claim | None:
     """Return what a claim says of itself; None when it cannot be read."""
     try:
         return msgspec.json.decode(data, type=Claim)
-    except msgspec.MsgspecError:
+    except NOT_JSON:
         return None
 
 

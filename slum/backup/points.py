@@ -94,24 +94,25 @@ def restored(
     head = read_head(store)
     _check_readable(head)
     if seq is None and at is None:
-        return _newest(settings, keys, folder, head, head.span, tell)
+        return _newest(store, settings, keys, folder, head, tell)
     span = manifest.span_for(head.spans, seq=seq, at=at)
     if span is None or (seq is not None and not span.first_seq <= seq):
         reach = f"from sequence {head.spans[0].first_seq} to {head.seq}"
         raise NoBackup(f"the backup does not hold this point; it reaches {reach}", hint="choose one in between")
-    return _earlier(settings, keys, folder, head, span, seq, at, tell)
+    return _earlier(store, settings, keys, folder, head, span, seq, at, tell)
 
 
-def _newest(settings: Settings, keys: Keys, folder: Path, head: Head, span: Span, tell: Tell) -> Point:
+def _newest(store: Store, settings: Settings, keys: Keys, folder: Path, head: Head, tell: Tell) -> Point:
+    span = head.span
     target = litestream.replica(settings, keys, span.claim)
     path = folder / "newest.db"
     tell(f"restoring claim {span.claim}")
     try:
         litestream.restore(target, path)
-        position = check(path, head if span.claim == head.claim else None)
+        position = check(path, head)
     except (LitestreamFailed, Refusal) as error:
         path.unlink(missing_ok=True)
-        raise _broken(settings, keys, folder, head, span, error) from error
+        raise _broken(store, settings, keys, folder, head, span, error) from error
     if position.seq < span.last_seq:
         raise Broken(
             f"the store gives sequence {position.seq}, but {span.last_seq} had been sent: "
@@ -153,6 +154,7 @@ def _point(path: Path, position: Position, head: Head, at: float | None = None) 
 
 
 def _earlier(
+    store: Store,
     settings: Settings,
     keys: Keys,
     folder: Path,
@@ -170,7 +172,7 @@ def _earlier(
         end = check(log, None)
     except (LitestreamFailed, Refusal) as error:
         log.unlink(missing_ok=True)
-        raise _broken(settings, keys, folder, head, span, error) from error
+        raise _broken(store, settings, keys, folder, head, span, error) from error
     first = seq if seq is not None and seq <= end.seq else None
     if seq is not None and first is None:
         if seq <= span.last_seq:
@@ -192,7 +194,7 @@ def _earlier(
             try:
                 position = mirror.replay(path, log, wanted.seq)
             except Refusal as error:
-                raise _broken(settings, keys, folder, head, span, error) from error
+                raise _broken(store, settings, keys, folder, head, span, error) from error
             return _point(path, position, head, wanted.at)
         path.unlink()
     raise NoBackup(
@@ -247,8 +249,12 @@ def _steps(count: int) -> Iterator[int]:
         yield count - 1
 
 
-def _broken(settings: Settings, keys: Keys, folder: Path, head: Head, span: Span, error: SlumError) -> Broken:
+def _broken(
+    store: Store, settings: Settings, keys: Keys, folder: Path, head: Head, span: Span, error: SlumError
+) -> SlumError:
     """Return the error that says what is wrong, and what can be restored all the same."""
+    if span == head.span and next(iter(store.list(manifest.prefix_of(span.claim))), None) is None:
+        return _headless(store, f"{manifest.HEAD} names claim {span.claim}, of which there is nothing", Broken)
     for claim in (span, *(one for one in reversed(head.former) if one != span)):
         path = folder / "left.db"
         try:
