@@ -43,7 +43,7 @@ from slum.paths import Home
 
 SLACK_S = 0.5
 """What a kill may lose beyond the interval: a send that was under way."""
-RTO_BOUND = 8.0
+RTO_BOUND = 6.0
 """Ours checks every page, event and row, and starts ledger, server and agent; etcd checks one hash and starts itself."""
 VALUE_CHARS = 1900
 NO_KEYS = Keys("", "")
