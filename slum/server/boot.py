@@ -35,6 +35,7 @@ FRONT = "front"
 BACKUP = {"backup": "slum.backup.process"}
 """Started where there is a server.toml, which may ask for it."""
 UP_S = 30.0
+LAST_BYTES = 16 << 10
 
 
 class UpResult(Frozen):
@@ -168,18 +169,25 @@ def wait_for_api(home: Home, timeout_s: float = UP_S) -> None:
 
             fence.check(home.state)
         if time.monotonic() > end:
+            words, hint = _last_words(home)
             raise Unreachable(
-                f"the control plane did not come up in time; the last it said: {_last_words(home)}",
-                hint=f"look at {home.own_log('ledger')} and {home.own_log('server')}; `slum doctor` checks this machine",
+                f"the control plane did not come up in time; the last it said: {words}",
+                hint=hint
+                or f"look at {home.own_log('ledger')} and {home.own_log('server')}; `slum doctor` checks this machine",
             )
         time.sleep(POLL_S)
 
 
-def _last_words(home: Home) -> str:
-    """Return the last line of the log that was written last, of ledger and server."""
+def _last_words(home: Home) -> tuple[str, str]:
+    """Return the last line of the log that was written last, of ledger and server; of an error what it says, and what next."""
     logs = [path for name in ("ledger", "server") if (path := home.own_log(name)).is_file()]
     if not logs:
-        return "nothing"
+        return "nothing", ""
     newest = max(logs, key=lambda path: path.stat().st_mtime)
-    lines = newest.read_bytes()[-4096:].decode("utf-8", "replace").splitlines()
-    return lines[-1] if lines else "nothing"
+    lines = newest.read_bytes()[-LAST_BYTES:].decode("utf-8", "replace").splitlines()
+    last = lines[-1] if lines else "nothing"
+    try:
+        said = msgspec.json.decode(last.partition(" ")[2], type=dict[str, object])
+    except msgspec.DecodeError:
+        return last, ""
+    return (str(said["error"]), str(said.get("hint", ""))) if "error" in said else (last, "")
