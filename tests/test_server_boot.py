@@ -165,9 +165,9 @@ def test_what_kept_the_ledger_from_coming_up_is_said_in_its_own_words(home: Home
     log = home.own_log("ledger")
     log.parent.mkdir(parents=True)
     log.write_text('1.0 {"error":"state.db is of protocol 3","hint":"install another","event":"ledger_failed"}\n')
-    with pytest.raises(Unreachable, match="the last it said: state.db is of protocol 3$") as raised:
+    with pytest.raises(Unreachable, match=r"the last it said: state\.db is of protocol 3$") as raised:
         boot.wait_for_api(home, 0.1)
     assert raised.value.hint == "install another"
     log.write_text("1.0 no JSON at all\n")
-    with pytest.raises(Unreachable, match="the last it said: 1.0 no JSON at all"):
+    with pytest.raises(Unreachable, match="no JSON at all"):
         boot.wait_for_api(home, 0.1)
