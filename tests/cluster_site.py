@@ -35,6 +35,7 @@ from slum.paths import Home
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SLUM = Path(sys.executable).with_name("slum")
+WRONG_CLOCK = Path(__file__).resolve().parent / "wrong_clock"
 API_PORT, LEDGER_PORT = 7443, 7444
 PROGRAMS = ("agent", "front", "ledger", "router", "server")
 STATE = Path("/tmp/slum-cluster.json")
@@ -336,10 +337,11 @@ class Cluster:
             env = {
                 k: v
                 for k, v in child["env"].items()
-                if k not in ("LD_PRELOAD", "FAKETIME", "FAKETIME_DONT_FAKE_MONOTONIC")
+                if k not in ("LD_PRELOAD", "FAKETIME", "FAKETIME_DONT_FAKE_MONOTONIC", "PYTHONPATH")
             }
             if offset_s:
                 env |= {"LD_PRELOAD": str(found), "FAKETIME": f"{offset_s:+.0f}s", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+                env["PYTHONPATH"] = str(WRONG_CLOCK)
             child["env"] = env
         boot_file.write_text(json.dumps(boot))
 
