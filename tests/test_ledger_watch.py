@@ -1,4 +1,4 @@
-"""Single situations in the simulation's world: clocks that are a year off, a member that is cut off from the leader alone."""
+"""Single situations in the simulation's world: clocks that are a year off, a member that is cut off from the leader alone, or from all."""
 
 from __future__ import annotations
 
@@ -64,6 +64,32 @@ CUT = """\
     made.go_on(2.5)
     assert isinstance(answers[0], QuorumLost) and "has heard no leader" in answers[0].message, answers
 """
+AGE = """\
+    away = next(node for node in made.nodes.alive if node is not leader)
+    made.isolate(away.name)
+    since = made.clock.at
+    for _ in range(5):
+        made.write_much(leader)
+        made.go_on(0.6)
+    newest = leader.member.position.seq
+    assert away.member.position.seq < newest, "take another seed"
+    made.heal_net()
+    while away.member.position.seq < newest:
+        age_s = away.member.status().age_s
+        assert age_s >= made.clock.at - since, (age_s, made.clock.at - since)
+        made.go_on(0.001)
+    made.go_on(0.5)
+    assert away.member.status().age_s < 0.5
+    assert leader.member.status().age_s == 0.0
+    made.nodes.stop(away)
+    away.up_at = made.clock.at + 3.0
+    made.go_on(2.9)
+    while away.member is None:
+        made.go_on(0.001)
+    assert away.member.status().age_s > 2.0, "who has just started knows what it knew, and not more"
+    made.go_on(1.0)
+    assert away.member.status().age_s < 0.5
+"""
 
 
 def run(what: str, whose: str = "") -> None:
@@ -84,3 +110,7 @@ def test_a_followers_clock_that_is_a_year_off_harms_nobody() -> None:
 
 def test_who_is_cut_off_from_the_leader_alone_refuses_instead_of_hanging() -> None:
     run(CUT)
+
+
+def test_what_is_shown_is_as_old_as_what_was_last_applied_of_a_leader() -> None:
+    run(AGE)

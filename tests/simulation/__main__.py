@@ -96,6 +96,7 @@ def _until_noticed(folder: Path, without: Mutation, first: int, troubles: int) -
                 troubles=troubles,
                 rolling=without.rolling,
                 strays=without.strays,
+                kinds=without.kinds,
             )
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):

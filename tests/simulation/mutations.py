@@ -33,6 +33,8 @@ class Mutation:
     """Only schedules in which logs differ a lot, or only others; None for the usual mixture."""
     strays: float | None = None
     """So many messages arrive twice; None for the usual mixture."""
+    kinds: tuple[str, ...] = ()
+    """Nothing but these troubles; the usual ones when empty."""
 
 
 def _replace(owner: Any, name: str, new: Any) -> None:
@@ -208,7 +210,8 @@ ALL = (
         300,
         members=5,
         rolling=True,
-        strays=0.5,
+        strays=1.0,
+        kinds=("relapse",),
     ),
     Mutation("stale-headers", "headers of an older leader take no effect", _stale_headers, 100),
     Mutation("overlap", "what is held is not cut and added again", _overlap_cut, 100),

@@ -34,6 +34,8 @@ KINDS = (
 )  # fmt: skip
 
 ROLLING = (
+    "relapse",
+    "relapse",
     "rolling",
     "rolling",
     "rolling",
@@ -48,8 +50,8 @@ ROLLING = (
 
 
 class Schedule:
-    """*rolling*: nothing but leaders that write much and are cut off, so that logs differ; *strays*: so many messages arrive twice. None leaves
-    it to the seed."""
+    """*rolling*: nothing but leaders that write much and are cut off, so that logs differ; *strays*: so many messages arrive twice;
+    *kinds*: nothing but these troubles. None, or nothing, leaves it to the seed."""
 
     def __init__(
         self,
@@ -60,6 +62,7 @@ class Schedule:
         troubles: int = 12,
         rolling: bool | None = None,
         strays: float | None = None,
+        kinds: tuple[str, ...] = (),
         trace: bool = False,
     ) -> None:
         chance = self.chance = random.Random(seed)
@@ -88,6 +91,7 @@ class Schedule:
             hash_rows=chance.random() < 0.25,
         )
         self.trace = trace
+        self.kinds = kinds or (ROLLING if self.rolling else KINDS)
         # Each of a rolling one takes several elections.
         self.troubles = troubles // 2 if self.rolling else troubles
         self.nodes = Nodes(
@@ -160,7 +164,7 @@ class Schedule:
             print(f"{self.clock.at:10.4f} -- {what}")
 
     def trouble(self) -> None:
-        kind = self.chance.choice(ROLLING if self.rolling else KINDS)
+        kind = self.chance.choice(self.kinds)
         alive, leaders, names = self.nodes.alive, self.nodes.leading, self.nodes.names
         if self.changing and leaders and self.chance.random() < 0.4:
             leading = self.chance.choice(leaders).member
@@ -184,7 +188,9 @@ class Schedule:
                 self.push_again(leader)
             case "burst" if leader is not None:
                 self.burst(leader)
-            case "rolling" if leader is not None and len(names) > 2:
+            case "relapse" if leader is not None and len(names) > 4:
+                self.relapse(leader)
+            case "rolling" | "relapse" if leader is not None and len(names) > 2:
                 self.roll(leader)
             case "pause" if one is not None:
                 self.nodes.pause(one, self.chance.choice([0.3, 1.0, 4.0]))
@@ -272,6 +278,32 @@ class Schedule:
                 # The new leader stays, somebody who followed it goes.
                 others = [node for node in others if node is not newer[0]] or others
             leader = self.chance.choice(others)
+
+    def relapse(self, leader: Node) -> None:
+        """What a leader wrote is held by one other alone; others go on without the two, and the leader may lead them again.
+
+        Only then does that other come back, and what it once answered to the leader may still be on its way.
+        """
+        wait_s = self.nodes.config.timing.election_max_s
+        other = self.chance.choice([name for name in self.nodes.names if name != leader.name])
+        for name in self.nodes.names:
+            if name not in (leader.name, other):
+                self.cut(leader.name, name)
+        self.write_much(leader)
+        self.go_on(self.switch.delay_s * self.chance.uniform(2.0, 4.0))
+        self.isolate(leader.name)
+        self.isolate(other)
+        self.go_on(wait_s * self.chance.uniform(1.5, 2.5))
+        newer = [node for node in self.nodes.leading if node.name not in (leader.name, other)]
+        self.heal_net()
+        self.isolate(other)
+        self.go_on(wait_s * self.chance.uniform(0.7, 1.5))
+        if newer:
+            self.isolate(newer[0].name)
+            self.go_on(wait_s * self.chance.uniform(1.0, 2.0))
+        if leader.member is not None and leader.paused_until <= self.clock.at:
+            self.write_much(leader)
+        self.heal_net()
 
     def block(self, a: str, b: str) -> None:
         """What *b* says to *a* waits."""
@@ -407,6 +439,7 @@ def run_one(
     troubles: int,
     rolling: bool | None = None,
     strays: float | None = None,
+    kinds: tuple[str, ...] = (),
     trace: bool = False,
 ) -> str:
     """Run the schedule of *seed* in *folder*, which is emptied after."""
@@ -416,7 +449,7 @@ def run_one(
     place.mkdir()
     try:
         return Schedule(
-            place, seed, members=members, troubles=troubles, rolling=rolling, strays=strays, trace=trace
+            place, seed, members=members, troubles=troubles, rolling=rolling, strays=strays, kinds=kinds, trace=trace
         ).run()
     finally:
         shutil.rmtree(place)
