@@ -351,9 +351,6 @@ class Schedule:
         voters = [row.id for row in leaders[0].member.position.members] if leaders and leaders[0].member else []
         if len(leaders) != 1 or len(voters) < 3:
             return
-        for member in self.final():
-            if member.status().age_s > KNOWN_S:
-                raise Failed(f"all is well, but what a member shows is {member.status().age_s} s old, it says")
         leader = leaders[0].name
         other = self.chance.choice([name for name in voters if name != leader])
         began = len(self.witness.changes)
@@ -375,6 +372,9 @@ class Schedule:
         deposed = self.witness.changes[began:]
         if deposed:
             raise Failed(f"{leader} led and could, but lost it: {deposed}")
+        for member in self.final():
+            if member.status().age_s > KNOWN_S:
+                raise Failed(f"all is well, but what a member shows is {member.status().age_s} s old, it says")
 
     def settle(self) -> None:
         """Wait until everybody has everything."""
