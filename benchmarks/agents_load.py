@@ -5,7 +5,8 @@
 Each joins by the public path, with a token from the member at SOCKET (`slum join`'s own function, into a folder of its own), then
 runs the agent's own link: its doors, back-off, TLS, messages. What is pretended is the machine behind it: a config is acted on
 the moment it comes, two services report figures that always moved. Joins come from the *addresses* in turn, for members take
-40 at once from one. Says on stdout, a line of JSON each, what happens and when (CLOCK_MONOTONIC); ends when stdin does.
+40 at once from one. Says on stdout, a line of JSON each, what happens and when (CLOCK_MONOTONIC). A line on stdin has all agents
+begin anew, at members chosen at random; its end ends it.
 """
 
 from __future__ import annotations
@@ -170,16 +171,20 @@ def _speak_from(address: str, device: str) -> None:
 
 
 async def live(homes: list[Home]) -> None:
-    """Be all agents until stdin ends."""
+    """Be all agents until stdin ends, anew after each line of it."""
     reader = asyncio.StreamReader()
     protocol = asyncio.StreamReaderProtocol(reader)
     await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, sys.stdin)
-    machines = [Machine(home) for home in homes]
-    async with asyncio.TaskGroup() as group:
-        running = [group.create_task(machine.run()) for machine in machines]
-        await reader.read()
-        for task in running:
-            task.cancel()
+    while True:
+        async with asyncio.TaskGroup() as group:
+            running = [group.create_task(Machine(home).run()) for home in homes]
+            line = await reader.readline()
+            for task in running:
+                task.cancel()
+        for home in homes:
+            tell("lost", home.data.name)
+        if not line:
+            return
 
 
 def main() -> None:
