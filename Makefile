@@ -49,8 +49,8 @@ chaos-all: $(VENV)/.dev  ## 20 seeds of 3 minutes with small epochs and 20 with 
 	@failed=0; for epoch in 50 default; do \
 	  $(PY) -m tests.chaos --minutes 3 --seed $(or $(SEED),1) --seeds 20 --epoch-entries $$epoch || failed=1; done; exit $$failed
 
-cluster: $(VENV)/.dev  ## three members and two tenements in network namespaces (root); prints how to reach and break them
-	@$(PY) tests/cluster_site.py up
+cluster: $(VENV)/.dev  ## three members and two tenements in network namespaces (root); prints how to reach and break them: MEMBERS= TENEMENTS=
+	@$(PY) tests/cluster_site.py up $(or $(MEMBERS),3) $(or $(TENEMENTS),2)
 
 cluster-down: $(VENV)/.dev  ## end them
 	@$(PY) tests/cluster_site.py down

@@ -143,8 +143,8 @@ async def watch(home: Home) -> None:
     """End a front that hangs, where there is to be one, until cancelled."""
 
     async def ask(seconds: float) -> None:
-        # Whoever says no answers; what is wrong with the settings is for keep() to say.
-        with contextlib.suppress(ssl.SSLError, ConfigError):
+        # Whoever says no, or hangs up, does not hang; what is wrong with the settings is for keep() to say.
+        with contextlib.suppress(ssl.SSLError, ConnectionError, ConfigError):
             settings = read_settings(home)
             if settings is not None:
                 await answer(settings.listen[0], seconds)
