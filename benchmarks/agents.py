@@ -292,7 +292,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--kills", type=int, default=3)
     given = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    signal.signal(signal.SIGTERM, _stop)
     with Cluster() as cluster:
         cluster.make(members=3)
         with populate(cluster, given.agents) as generators:
@@ -303,6 +303,12 @@ def main(argv: list[str]) -> int:
                 kills(cluster, generators, given.kills)
     print("within all bounds" if not failures else f"over their bounds: {', '.join(failures)}")
     return 1 if failures else 0
+
+
+def _stop(*_: object) -> None:
+    """End, and let nobody disturb what is being removed then."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(1)
 
 
 if __name__ == "__main__":
