@@ -348,7 +348,7 @@ async def test_bundles_come_back_and_what_lacks_is_named(tmp_path: Path) -> None
         assert bundles.in_store(made.store) == {one, two}
         made.store.delete(f"{manifest.BLOBS}/{two}")
         tried = verify.verified(made.store, made.settings, made.keys)
-        assert (tried.ok, tried.why.partition(":")[0]) == (True, "1 bundle not in the store")
+        assert (tried.ok, tried.why.partition(";")[0]) == (True, "bundles not in the store: 1")
         home = new_home(tmp_path)
         assert brought_back(made, home).missing == (two,)
         assert (home.blobs / one).read_bytes() == b"one"

@@ -12,7 +12,6 @@ from slum.backup.config import Keys, Settings
 from slum.backup.manifest import Verified
 from slum.backup.store import Store
 from slum.errors import SlumError
-from slum.render import quantity
 
 PREFIX = "slum-verify-"
 
@@ -31,7 +30,7 @@ def verified(store: Store, settings: Settings, keys: Keys, folder: Path | None =
             seq = point.position.seq
             missing = bundles.named(point.path) - bundles.in_store(store)
             if missing:
-                why = f"{quantity(len(missing), 'bundle')} not in the store: services that need one cannot be deployed anew"
+                why = f"bundles not in the store: {len(missing)}; services that need one cannot be deployed anew"
     except (SlumError, OSError, sqlite3.Error) as error:
         return Verified(
             at=time.time(),
