@@ -156,6 +156,27 @@ async def test_litestream_killed_is_started_again(tmp_path: Path) -> None:
         assert whys(made.restored(tmp_path / "out").path) == ["n.0", "n.1", "n.2"]
 
 
+@pytest.mark.long
+async def test_litestream_that_hangs_is_replaced(tmp_path: Path) -> None:
+    word = tmp_path / "word"
+    with site(file_settings(tmp_path)) as made:
+        await made.ledger.up()
+        made.configure()
+        log = made.ledger.base / "backup.log"
+        made.child = start_backup(made.home, log, SLUM_ALIVE_FILE=str(word), SLUM_ALIVE_MS="60000")
+        await made.sent()
+        child = made.status()
+        assert child is not None
+        os.kill(child.child_pid, signal.SIGSTOP)
+        seq = await made.write(*notes(3))
+        first = word.stat().st_mtime_ns
+        await wait_for(lambda: word.stat().st_mtime_ns > first, 12)
+        await made.sent(seq, 60)
+        assert not is_alive(child.child_pid)
+        assert len(claims(made)) == 1
+        assert whys(made.restored(tmp_path / "out").path) == ["n.0", "n.1", "n.2"]
+
+
 async def test_a_stale_claimant_writes_below_its_own_prefix_only(tmp_path: Path) -> None:
     with site(file_settings(tmp_path, interval_ms=100)) as made:
         await made.ledger.up()
