@@ -22,7 +22,7 @@ from slum.ledger.joiner import Join, prepare
 from slum.ledger.member import Member
 from slum.ledger.world import Config
 
-CALM_S = 60.0
+CALM_S = 20.0
 KNOWN_S = 1.0
 PROBE_S = 2.0
 ANSWER_S = 1.4
