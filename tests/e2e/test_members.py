@@ -24,7 +24,7 @@ def test_every_member_answers_for_all_of_the_fleet(cluster: Cluster) -> None:
     until(lambda: is_whole(cluster), 20, "a whole cluster")
     for name in cluster.members:
         host = cluster.hosts[name]
-        assert phases(cluster, host) == ALL_HEALTHY
+        until(lambda at=host: phases(cluster, at) == ALL_HEALTHY, 20, f"{name} to have heard of all services")
         until(lambda at=host: set(states(cluster, at).values()) == {"ready"}, 20, "machines that are ready")
     asked = cluster.hosts["m3"]
     for machine in ALL_HEALTHY:
@@ -129,3 +129,13 @@ def test_one_that_is_lost_is_replaced_and_another_leaves(cluster: Cluster) -> No
     until(lambda: is_whole(cluster), 30, "a whole cluster")
     events = cluster.slum(cluster.hosts["m1"], "events", "--kind", "certificate_revoked", "--json").json
     assert {event["subject"] for event in events} >= {"member:m3", "member:m4"}
+    # The lost one comes back: it does no harm, says so, and one command ends it.
+    cluster.boot(lost)
+    until(lambda: "removed" in {alarm["kind"] for alarm in cluster.view(lost)["alarms"]}, 30, "m3 to say so")
+    refused = cluster.slum(lost, "token", "new", "member", check=False)
+    assert (refused.code, "was removed from the members" in refused.err) == (7, True), refused
+    refused = cluster.slum(lost, "server", "recover", "--yes", check=False)
+    assert (refused.code, "know no such member any more" in refused.err) == (4, True), refused
+    cluster.slum(lost, "server", "leave", "--yes")
+    assert not (lost.data / "state").exists()
+    assert is_whole(cluster)
