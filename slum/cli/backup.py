@@ -77,7 +77,7 @@ def status(asked: Invocation) -> int | None:
     # Afterwards: a store that hangs is asked for long.
     found, now = said.read(asked.home), time.time()
     waiting, waiting_s = _waiting(asked, found, head, now)
-    well = _is_well(found, head, now) and (waiting == 0 or waiting_s <= settings.alarm)
+    well = _is_well(found, head, now, waiting is not None) and (waiting == 0 or waiting_s <= settings.alarm)
     if asked.json:
         trouble = head.message if isinstance(head, SlumError) else ""
         shown = None if isinstance(head, SlumError) else head
@@ -124,12 +124,14 @@ def _head(store: Store) -> Head | SlumError | None:
         return error
 
 
-def _is_well(found: Status | None, head: Head | SlumError | None, now: float) -> bool:
+def _is_well(found: Status | None, head: Head | SlumError | None, now: float, has_ledger: bool) -> bool:
     if isinstance(head, SlumError) or head is None:
         return False
     if head.verified is not None and not head.verified.ok:
         return False
-    return found is None or (found.state in ("running", "waiting") and now - found.at < STALE_S)
+    if found is None:
+        return not has_ledger
+    return found.state in ("running", "waiting") and now - found.at < STALE_S
 
 
 def _lines(
