@@ -373,6 +373,7 @@ def main(argv: list[str]) -> int:
     STATE.write_text(json.dumps({"bridge": site.bridge, "hosts": record}))
     site.wait()
     listed = "".join(f'  "root@{host.address}",\n' for host in site.hosts)
+    print(f"# they join a control plane that is open to them: slum server init --address {site.gateway}")
     print(f'[operators.hosts]\ntype = "ssh"\nkey = "{site.key}"\nhosts = [\n{listed}]\n')
     print(f'[tenement.workers]\noperator = "hosts"\ncount = {given.count}\n\n[tenement.workers.service.hello]')
     print('command = "python3 -m http.server --bind 127.0.0.1"\nlisten = "none"\nisolation = "process"')
