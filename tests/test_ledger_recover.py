@@ -135,7 +135,7 @@ async def test_a_survivor_goes_on_alone_and_the_rest_are_fenced_and_join_again(s
         for node in (two, three):
             last = await refusal_of(node)
             assert "fenced" in last
-            assert "`slum server join` with a new token" in last
+            assert "join as new" in last
             saved = next(node.home.state.glob("replaced-*.jsonl")).read_bytes().splitlines()
             assert {msgspec.json.decode(line)["applied"] for line in saved} <= {True, False}
             cluster.start(node)

@@ -50,7 +50,7 @@ def check(home: Path) -> None:
         return
     except msgspec.MsgspecError as error:
         raise Refusal(f"{home / MARK} cannot be read: {error}", hint=REJOIN) from error
-    raise Refusal(mark.why, hint=mark.hint)
+    raise Refusal(mark.why, hint=f"{mark.hint}; `slum server leave` ends it here")
 
 
 def replaced(home: Path, log: journal.Journal, applied: int, *, by: str, generation: int, mine: int) -> Refusal:

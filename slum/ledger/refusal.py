@@ -16,9 +16,9 @@ RESTORE = (
 )
 
 REJOIN = (
-    "the other members have everything: `slum server join` with a new token makes this machine a new member, `slum server leave` ends it "
-    "here (both keep aside what it held); remove it at the others where they list it (`slum server members remove NAME`); if a majority "
-    "of them is lost for good, run `slum server recover` on the one that has most"
+    "the other members have everything: remove this one there (`slum server members remove NAME`) and join as new here (`slum server "
+    "join` with a new token, which puts the old state aside); if a majority of them is lost for good, run `slum server recover` on "
+    "the one that has most"
 )
 
 
