@@ -9,6 +9,7 @@ wrong and the way out; the keeper may start it again without harm.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import secrets
 import shlex
@@ -93,6 +94,8 @@ def _serve(member: Member, home: Home) -> None:
             signal.signal(number, lambda *_: service.stop())
         at = member.position
         log.get().info("ledger_started", cluster=at.cluster_id, generation=at.generation, epoch=at.epoch, seq=at.seq)
+        # What there is by now stays: the collector need not look at it again and again.
+        gc.freeze()
         try:
             service.run()
         finally:
