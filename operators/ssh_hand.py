@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -71,19 +71,21 @@ class Hand:
     async def _ask(self, do: str, payload: tuple[BinaryIO, int] | None = None, **fields: Any) -> dict[str, Any]:
         request = json.dumps({"do": do, **fields}).encode() + b"\n"
         try:
-            self._process.stdin.write(request)
-            ahead = await self._send(*payload) if payload is not None else 0
-            line = await self._process.stdout.readline()
-            while line == TAKEN and ahead:
-                ahead, line = ahead - 1, await self._process.stdout.readline()
+            # A host that cannot do it says why and ends, perhaps before it was asked.
+            with suppress(BrokenPipeError):
+                self._process.stdin.write(request)
+                if payload is not None:
+                    await self._send(*payload)
+            while (line := await self._process.stdout.readline()) == TAKEN:
+                pass
         except (asyncssh.Error, OSError) as error:
             raise OperatorError(
                 f"{self.where}: the connection broke while `{do}` was under way: {error}", provider_code="unreachable"
             ) from error
         return self._answer(do, line)
 
-    async def _send(self, file: BinaryIO, left: int) -> int:
-        """Send *left* bytes of *file*, a little ahead of what the far end has taken; return how many chunks are ahead."""
+    async def _send(self, file: BinaryIO, left: int) -> None:
+        """Send *left* bytes of *file*, a little ahead of what the far end has taken."""
         ahead = 0
         while left:
             data = file.read(min(left, CHUNK_BYTES))
@@ -99,7 +101,6 @@ class Hand:
                         f"{self.where}: the connection ended in the middle of an upload", provider_code="unreachable"
                     )
                 ahead -= 1
-        return ahead
 
     def _answer(self, do: str, line: bytes) -> dict[str, Any]:
         if not line.endswith(b"\n"):
@@ -152,6 +153,7 @@ async def working(where: str, connection: asyncssh.SSHClientConnection) -> Async
     text = LOOK.read_bytes()
     process = await connection.create_process(COMMAND, encoding=None, stderr=asyncssh.DEVNULL)
     async with process:
-        process.stdin.write(b"%d\n" % len(text) + text)
+        with suppress(BrokenPipeError):
+            process.stdin.write(b"%d\n" % len(text) + text)
         yield Hand(where, process)
         process.stdin.write_eof()

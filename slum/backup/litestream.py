@@ -31,6 +31,7 @@ from slum.errors import SlumError
 
 RESTORE_S = 3600.0
 STOP_S = 3.0
+LISTENS_S = 1.0
 TEXT_MAX = 600
 TELL_S = 0.5
 
@@ -118,6 +119,18 @@ class Child:
     @property
     def runs(self) -> bool:
         return self._process.poll() is None
+
+    @property
+    def listens(self) -> bool:
+        """Tell whether sync() would be heard; its socket is there a moment earlier."""
+        connection = _Control(str(self._control), LISTENS_S)
+        try:
+            connection.connect()
+        except OSError:
+            return False
+        finally:
+            connection.close()
+        return True
 
     def sync(self, timeout_s: float, tell: Callable[[], None] = lambda: None) -> Synced:
         """Send all that the mirror holds and return when it is there; LitestreamFailed when it is not, with the reason.

@@ -137,7 +137,7 @@ class Writer:
 
     def _wait_for_child(self) -> None:
         end = time.monotonic() + START_S
-        while not self._control.exists():
+        while not self._child.listens:
             if not self._child.runs or time.monotonic() > end:
                 raise LitestreamFailed("litestream does not start", hint="its words are in the log of the backup")
             self._tell()
