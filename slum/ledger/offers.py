@@ -92,7 +92,7 @@ class Offers:
         self._world = world
         self._settling = self._leaves = False
         self._newer_since: float | None = None
-        """When this leader first saw all members speak a newer protocol."""
+        """Since when this member has seen all members speak a newer protocol, however often an epoch ended meanwhile."""
         self.begin_epoch()
 
     def begin_epoch(self) -> None:
@@ -170,12 +170,12 @@ class Offers:
     def upgrade(self) -> None:
         """Raise the protocol once all members have been there and spoken a newer one for a while; until then each can go back."""
         now, standing = self._world.clock(), self._member.position.protocol
-        newest = min(found or 0 for found in self._spoken().values()) if standing < PROTOCOL and self.is_ready else 0
+        newest = min(found or 0 for found in self._spoken().values()) if standing < PROTOCOL else 0
         if newest <= standing:
             self._newer_since = None
         elif self._newer_since is None:
             self._newer_since = now
-        elif now - self._newer_since >= self._config.upgrade_s:
+        elif now - self._newer_since >= self._config.upgrade_s and self.is_ready:
             self._newer_since = None
             self._queue(SetProtocol(version=newest))
 
