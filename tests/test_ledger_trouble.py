@@ -243,7 +243,7 @@ def memory_kb(node: Node) -> int:
 
 async def test_hostile_bytes_change_nothing(seed: int, tmp_path: Path) -> None:
     identity.make(tmp_path / "s", id="m2", listen="127.0.0.1:1", address="127.0.0.1:1")
-    with Cluster(epoch_entries=10_000) as cluster:
+    with Cluster(epoch_entries=100_000, epoch_bytes=32 << 20) as cluster:
         cluster.start()
         await cluster.agreed()
         leader = await cluster.leader()
