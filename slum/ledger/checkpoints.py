@@ -1,4 +1,4 @@
-"""When SQLite's write-ahead log is copied into state.db: once a second, and beside the ledger's thread as far as it goes.
+"""When SQLite's write-ahead log is copied into state.db: four times a second, and beside the ledger's thread as far as it goes.
 
 A checkpoint syncs twice, which SQLite left to itself does in the midst of a commit, and at every one while a reader holds a
 long WAL. Here another thread copies what there is; what came meanwhile, some commits, the ledger's thread copies itself, so
@@ -17,7 +17,7 @@ from pathlib import Path
 from slum.ledger import schema
 from slum.ledger.state import State
 
-PERIOD_S = 1.0
+PERIOD_S = 0.25
 
 
 class Checkpoints:

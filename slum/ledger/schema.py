@@ -20,8 +20,8 @@ from slum.ledger.refusal import RESTORE, Damaged, Refusal
 
 HASHED_ROWS = 200
 _LATER = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
-WAL_PAGES = 32768
-"""128 MiB: from here on SQLite makes a checkpoint at every commit; before, checkpoints.py does."""
+WAL_PAGES = 4096
+"""16 MiB: from here on SQLite makes a checkpoint at every commit; before, checkpoints.py does."""
 SCHEMA = 1
 
 _TABLES = """
@@ -143,7 +143,7 @@ def connect(path: Path) -> sqlite3.Connection:
         "journal_mode=WAL",
         "synchronous=FULL",
         f"wal_autocheckpoint={WAL_PAGES}",
-        "journal_size_limit=33554432",
+        "journal_size_limit=8388608",
         "temp_store=MEMORY",
     ):
         db.execute(f"PRAGMA {pragma}").close()
