@@ -81,6 +81,8 @@ async def test_full_disks_are_survived_and_with_room_again_all_go_on(seed: int, 
                     for filler in fillers:
                         filler.unlink()
                 await more(writers, 100)
+                # Who has just ended for want of space is started again first.
+                await until(lambda: all(node.runs for node in cluster.nodes))
             await cluster.agreed(60)
         finally:
             keeper.cancel()
