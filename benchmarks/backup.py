@@ -138,7 +138,7 @@ async def write(
             seq = (await ledger.leader()).seq
             while time.monotonic() < end:
                 note = NoteEvent(kind="instance_noted", subject="instance:here/bench/main", at=1.0, why=text)
-                request = new_request_id(secrets.token_hex(16), seq)
+                request = new_request_id(seq)
                 done = await ledger.propose(
                     Proposal(command=Record(events=(note,)), request_id=request, actor="bench"), deadline_s=10
                 )
@@ -161,7 +161,7 @@ async def fill(home: Home, megabytes: int) -> list[tuple[str, str]]:
                 NoteEvent(kind="instance_noted", subject=f"instance:here{key}", at=1.0, why=value)
                 for key, value in values
             )
-            request = new_request_id(secrets.token_hex(16), seq)
+            request = new_request_id(seq)
             done = await ledger.propose(
                 Proposal(command=Record(events=notes), request_id=request, actor="bench"), deadline_s=30
             )

@@ -215,7 +215,7 @@ async def join() -> None:
         leader = await cluster.leader()
         command = SetDesired(fleet_zstd=pack_fleet(big_fleet(10_000)), digest="d" * 64, base_revision=0)
         async with connect(leader.home.ledger_socket) as ledger:
-            made = Proposal(command=command, request_id=new_request_id("0" * 32, 0), actor="bench")
+            made = Proposal(command=command, request_id=new_request_id(0), actor="bench")
             result = await ledger.propose(made, deadline_s=60.0)
             assert isinstance(result, Done), result
             members = await ledger.members()

@@ -8,7 +8,6 @@ and never changes what it was given.
 
 from __future__ import annotations
 
-import secrets
 import socket
 import time
 from collections import Counter, deque
@@ -351,7 +350,7 @@ class Client:
         return answer
 
     def _request_id(self) -> str:
-        return new_request_id(secrets.token_hex(16), self.seq if self.seq is not None else self.status().ledger.seq)
+        return new_request_id(self.seq if self.seq is not None else self.status().ledger.seq)
 
     def _saw(self, seq: int) -> None:
         self.seq = max(self.seq or 0, seq)

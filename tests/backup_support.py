@@ -27,7 +27,7 @@ from slum.backup.config import Keys, Settings
 from slum.backup.manifest import Head
 from slum.backup.points import Point
 from slum.backup.status import Status
-from slum.backup.store import Store, open_store
+from slum.backup.store import Store, StoreError, open_store
 from slum.ledger import follow
 from slum.ledger.client import connect
 from slum.ledger.commands import AnyCommand, Done
@@ -157,7 +157,10 @@ class Site:
         return await wait_for(lambda: self._sent(seq), deadline_s, lambda: self.log[-3000:])
 
     def _sent(self, seq: int | None) -> Head | None:
-        head = self.head()
+        try:
+            head = self.head()
+        except StoreError:
+            return None  # a server that has just come back answers 500 for a moment
         at = self.standing()
         wanted = at.seq if seq is None else seq
         said = self.status()

@@ -120,7 +120,7 @@ class Site:
         async def ask() -> Result:
             reader = self.reader
             async with connect(self.home.ledger_socket) as ledger:
-                request_id = new_request_id(secrets.token_hex(16), reader.seq())
+                request_id = new_request_id(reader.seq())
                 reader.close()
                 return await ledger.propose(
                     Proposal(command=command, request_id=request_id, actor="test"), deadline_s=10.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 import signal
 import subprocess
@@ -70,7 +69,7 @@ def note(kind: str = "instance_noted", subject: str = "instance:here/web/main", 
 def proposal(
     command: AnyCommand, request_id: str | None = None, *, seen: int = 0, actor: str = "root@test"
 ) -> Proposal:
-    made = request_id or new_request_id(os.urandom(16).hex(), seen)
+    made = request_id or new_request_id(seen)
     return Proposal(command=command, request_id=made, actor=actor)
 
 

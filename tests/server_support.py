@@ -125,7 +125,7 @@ def a_service(name: str = "notes", **fields: object) -> Service:
 
 
 def request_id(seq: int = NOBODY_SEES_SEQ) -> str:
-    return new_request_id(secrets.token_hex(16), seq)
+    return new_request_id(seq)
 
 
 async def put(http: httpx.AsyncClient, fleet: Fleet, base: int, **fields: object) -> httpx.Response:

@@ -57,9 +57,7 @@ async def test_any_member_takes_writes_and_shows_its_own(seed: int) -> None:
                 assert (info.member, info.is_self) == (leader.name, node is leader)
                 assert await ledger.barrier(deadline_s=5) > result.seq
                 assert [member.id for member in await ledger.members()] == ["m1", "m2", "m3"]
-        await cluster.agreed()
-        cluster.terminate()
-        cluster.check([], others=3)
+        await cluster.finish([], others=3)
 
 
 @pytest.mark.parametrize("what", ["one", "majority", "all", "pause"])
@@ -89,8 +87,7 @@ async def test_trouble_under_load(seed: int, what: str) -> None:
             await more(writers, 50)
         await cluster.agreed()
         assert cluster.position(cluster.nodes[0]).epoch > 2, "there should have been seals"
-        cluster.terminate()
-        cluster.check(writers)
+        await cluster.finish(writers)
 
 
 async def test_a_minority_refuses_at_once(seed: int) -> None:
@@ -125,9 +122,7 @@ async def test_a_member_that_was_away_for_many_epochs_gets_a_copy(seed: int) -> 
         assert "copy_was_taken" in away.log.read_text()
         cluster.kill(away)
         cluster.start(away)
-        await cluster.agreed()
-        cluster.terminate()
-        cluster.check(writers)
+        await cluster.finish(writers)
 
 
 # --- members come and go ----------------------------------------------------------------------------------------------
@@ -170,9 +165,7 @@ async def test_one_becomes_three_under_load_and_one_again(seed: int) -> None:
             cluster.kill(leader)
             cluster.nodes.remove(leader)
             await more(writers, 100)
-        await cluster.agreed()
-        cluster.terminate()
-        cluster.check(writers)
+        await cluster.finish(writers)
 
 
 async def test_what_makes_no_sense_is_refused(seed: int) -> None:

@@ -88,8 +88,7 @@ async def test_full_disks_are_survived_and_with_room_again_all_go_on(seed: int, 
             keeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await keeper
-        cluster.terminate()
-        cluster.check(writers)
+        await cluster.finish(writers)
 
 
 def says_that_it_is_full(node: Node) -> bool:
@@ -115,8 +114,7 @@ async def test_a_leader_that_was_stopped_for_long_does_no_harm(seed: int) -> Non
         await cluster.agreed()
         for node in cluster.nodes:
             assert not [alarm for alarm in (await status(node.home.ledger_socket)).alarms if "clock" in alarm.kind]
-        cluster.terminate()
-        cluster.check(writers)
+        await cluster.finish(writers)
 
 
 async def test_members_with_certificates_of_long_ago_elect_a_leader(seed: int) -> None:
@@ -192,8 +190,7 @@ async def test_two_versions_side_by_side_and_back(seed: int) -> None:
             await more(writers, 20)
         await cluster.agreed()
         assert (await status(one.home.ledger_socket)).protocol == NEWER
-        cluster.terminate()
-        cluster.check(writers)
+        await cluster.finish(writers)
 
 
 # --- strangers --------------------------------------------------------------------------------------------------------
@@ -268,6 +265,4 @@ async def test_hostile_bytes_change_nothing(seed: int, tmp_path: Path) -> None:
         assert (after.leader, after.epoch, after.term) == (before.leader, before.epoch, before.term)
         grown = [memory_kb(node) - kb for node, kb in zip(cluster.nodes, was_kb, strict=True)]
         assert max(grown) < 20_000, grown
-        await cluster.agreed()
-        cluster.terminate()
-        cluster.check(writers)
+        await cluster.finish(writers)

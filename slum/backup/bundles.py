@@ -15,7 +15,7 @@ from pathlib import Path
 
 from slum.backup.manifest import BLOBS
 from slum.backup.store import Store
-from slum.ledger import journal
+from slum.ledger import journal, schema
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -36,7 +36,7 @@ def send(store: Store, folder: Path, digests: Iterable[str]) -> tuple[set[str], 
 def named(state: Path) -> set[str]:
     """Return the digests of all bundles that the state in the file at *state* names."""
     with closing(sqlite3.connect(state)) as db:
-        return {row[0] for row in db.execute("SELECT DISTINCT digest FROM blobs")}
+        return schema.blobs_named(db)
 
 
 def in_store(store: Store) -> set[str]:

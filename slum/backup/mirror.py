@@ -112,7 +112,7 @@ class Mirror:
         return schema.row_hash(self._connection, tell)
 
     def blobs_named(self) -> set[str]:
-        return {row[0] for row in self._connection.execute("SELECT DISTINCT digest FROM blobs")}
+        return schema.blobs_named(self._connection)
 
     def unnamed(self, digests: set[str], now: float, keep_s: float) -> set[str]:
         """Return those of *digests* (what the store has) that no kept revision has named for *keep_s*."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import secrets
 import shutil
 import signal
 import sqlite3
@@ -327,7 +326,7 @@ async def _propose(home: Home, note: NoteEvent, member: str) -> None:
         seen = (await ledger.leader()).seq
         made = Proposal(
             command=Record(events=(note,)),
-            request_id=new_request_id(secrets.token_hex(16), seen),
+            request_id=new_request_id(seen),
             actor=f"backup@{member}",
         )
         await ledger.propose(made, deadline_s=TELL_S)

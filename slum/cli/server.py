@@ -218,7 +218,8 @@ def leave(asked: Invocation) -> None:
     A leader hands over first. Services here go on. Refused for the last member, and while a tenement of the fleet is this
     machine itself. One that was removed while it was away, or fenced, is only stopped: the others know.
     """
-    from slum.ledger import fence, identity
+    from slum.ledger import identity
+    from slum.ledger.refusal import MARK
     from slum.node import boot as node_boot
     from slum.server import boot, founding
     from slum.server.cluster import REMOVED
@@ -230,7 +231,7 @@ def leave(asked: Invocation) -> None:
         asked.note("nothing was changed")
         return
     left: tuple[str, ...] = ()
-    if not (asked.home.state / fence.MARK).exists():
+    if not (asked.home.state / MARK).exists():
         with _here(asked) as client:
             view = client.cluster()
             if all(alarm.kind != REMOVED for alarm in view.alarms):
@@ -432,10 +433,11 @@ for _command in (init, join, leave, members, recover, install, run):
 def _room(asked: Invocation, token: str) -> Iterator[None]:
     """Have a folder for a new member, or the one that this *token* began with; what was there is moved aside, or back."""
     from slum.ledger import fence, folder
+    from slum.ledger.refusal import MARK
     from slum.server import boot, founding
 
     state = asked.home.state
-    fenced = (state / fence.MARK).exists()
+    fenced = (state / MARK).exists()
     if not fenced and (folder.current(state) is None or founding.was_begun_with(asked.home, token)):
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
         founding.begin_with(asked.home, token)

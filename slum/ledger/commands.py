@@ -8,6 +8,7 @@ ignored, a new command is gated by SetProtocol.
 
 from __future__ import annotations
 
+import secrets
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -343,8 +344,9 @@ class Ledger(Protocol):
         ...
 
 
-def new_request_id(random_hex: str, seen_seq: int) -> str:
-    return f"{random_hex}:{seen_seq}"
+def new_request_id(seen_seq: int, random_hex: str = "") -> str:
+    """Return the id of a new request of somebody who has seen the ledger at *seen_seq*."""
+    return f"{random_hex or secrets.token_hex(16)}:{seen_seq}"
 
 
 def size_problem(encoded_bytes: int) -> str:

@@ -15,9 +15,8 @@ from slum.frozen import Frozen
 from slum.ledger import folder, journal
 from slum.ledger.commands import Entry, Member
 from slum.ledger.group import command_entry
-from slum.ledger.refusal import REJOIN, Refusal
+from slum.ledger.refusal import MARK, REJOIN, Refusal
 
-MARK = "refused.json"
 FORMER = "former.json"
 """Of the one that recovered: the members of the generation before, to be told."""
 

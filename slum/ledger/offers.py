@@ -181,7 +181,7 @@ class Offers:
 
     def _queue(self, command: Record | SetProtocol) -> None:
         seq = self._member.position.seq
-        request_id = new_request_id(f"{self._world.chance.getrandbits(128):032x}", seq)
+        request_id = new_request_id(seq, f"{self._world.chance.getrandbits(128):032x}")
         made = Proposal(command=command, request_id=request_id, actor=f"ledger@{self._member.epoch.me}")
         with contextlib.suppress(QuorumLost):
             # A full queue: status() shows it all the same, and what is still so is proposed again.

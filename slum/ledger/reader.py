@@ -324,7 +324,8 @@ class Reader:
 
     def blobs_named(self) -> set[str]:
         """Return the digests of the bundles that any kept revision names."""
-        return {row[0] for row in self._rows("SELECT DISTINCT digest FROM blobs")}
+        with self._reading() as db:
+            return schema.blobs_named(db)
 
     def _rows(self, query: str, values: Iterable[Any] = ()) -> list[Any]:
         with self._reading() as db:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from slum.errors import SlumError
 
+MARK = "refused.json"
+"""In the folder of a member that must not start any more: why, and the way out (see slum.ledger.fence)."""
+
 RECOVER = "all that was acknowledged is in state.db: `python -m slum.ledger.recover --data-dir DIR` starts a new generation from it"
 RESTORE = (
     "move DIR/state away, then `slum restore --from URL` brings back the backup; without one, put back a copy of DIR/state made "

@@ -17,10 +17,10 @@ import msgspec
 from slum.ledger.commands import Result
 
 _REQUEST_ID = re.compile(r"([0-9a-f]{32}):([0-9]{1,18})")
-_decode = msgspec.msgpack.Decoder(Result).decode
 TOGETHER = 32
 """So many are looked for in one query."""
 _FIND_SOME = f"SELECT id, result FROM results WHERE id IN ({', '.join('?' * TOGETHER)})"
+_decode = msgspec.msgpack.Decoder(Result).decode
 _encode = msgspec.msgpack.Encoder().encode
 
 

@@ -245,6 +245,11 @@ def last_epochs(db: sqlite3.Connection, count: int) -> tuple[EpochRow, ...]:
     return tuple(EpochRow(**dict(zip(EpochRow.__struct_fields__, row, strict=True))) for row in rows)
 
 
+def blobs_named(db: sqlite3.Connection) -> set[str]:
+    """Return the digests of the bundles that any kept revision names."""
+    return {row[0] for row in db.execute("SELECT DISTINCT digest FROM blobs")}
+
+
 def row_hash(db: sqlite3.Connection, rest: Callable[[], None] = lambda: None) -> str:
     """Return one hash over every row of every table, in primary key order; equal on all members.
 

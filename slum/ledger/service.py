@@ -9,7 +9,6 @@ whoever does not read is cut off.
 from __future__ import annotations
 
 import os
-import secrets
 import select
 import socket
 import struct
@@ -217,7 +216,7 @@ class Connection:
             case rpc.Propose(proposal=proposal):
                 self._propose(proposal, partial(self._answer, number))
             case rpc.TakeBarrier():
-                request_id = new_request_id(secrets.token_hex(16), member.position.seq)
+                request_id = new_request_id(member.position.seq)
                 proposal = Proposal(command=Barrier(), request_id=request_id, actor="")
                 self._propose(proposal, partial(self._answer_barrier, number))
             case rpc.WaitFor(seq=seq, deadline_s=deadline_s):

@@ -16,6 +16,7 @@ import msgspec
 
 from slum.errors import Unreachable
 from slum.frozen import Frozen
+from slum.ledger.refusal import MARK
 from slum.node import boot, service
 from slum.node.boot import GRACE_S, POLL_S
 from slum.node.keeperclient import call
@@ -164,7 +165,7 @@ def wait_for_api(home: Home, timeout_s: float = UP_S) -> None:
     """
     end = time.monotonic() + timeout_s
     while not is_ready(home):
-        if (home.state / "refused.json").exists():
+        if (home.state / MARK).exists():
             from slum.ledger import fence  # only then: it brings the engine with it
 
             fence.check(home.state)

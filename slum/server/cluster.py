@@ -7,7 +7,6 @@ passes it there. Who left loses its certificate, and the authority's key is seal
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
 from collections.abc import Collection
 from typing import TYPE_CHECKING
@@ -238,7 +237,7 @@ async def _shut_out(control: Control, gone: tuple[Member, ...]) -> None:
     serials = [row.serial for row in reader.certificates() if row.subject in subjects and not row.revoked_at]
     for serial in serials:
         command = Revoke(serial=serial, why="it is no member any more")
-        await control.commit(command, new_request_id(secrets.token_hex(16), reader.seq()), actor)
+        await control.commit(command, new_request_id(reader.seq()), actor)
     if reader.authority() is not None:
         drop = [row.recipient for row in gone if row.recipient]
         await trust.seal_to(control.link, reader, control.home, drop=drop, actor=actor)

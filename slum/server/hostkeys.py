@@ -7,7 +7,6 @@ keeps its own file; that is no reason to raise it, since it would take the way b
 
 from __future__ import annotations
 
-import secrets
 from typing import TYPE_CHECKING
 
 from slum.errors import OperatorError, QuorumLost
@@ -60,4 +59,4 @@ async def forget(control: Control, host: str, actor: str) -> Done | Rejected:
 
 
 async def _commit(control: Control, command: AnyCommand, actor: str) -> Done | Rejected:
-    return await control.commit(command, new_request_id(secrets.token_hex(16), control.view.reader.seq()), actor)
+    return await control.commit(command, new_request_id(control.view.reader.seq()), actor)

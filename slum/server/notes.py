@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import secrets
 import time
 from collections import deque
 from collections.abc import Callable
@@ -82,8 +81,7 @@ def as_event(machine: str, note: Note) -> NoteEvent:
 
 async def _commit(link: Link, machine: str, events: tuple[NoteEvent, ...], seen_seq: Callable[[], int]) -> None:
     """Commit *events* once, however long the ledger is away."""
-    random = secrets.token_hex(16)
-    request_id = new_request_id(random, seen_seq())
+    request_id = new_request_id(seen_seq())
     while True:
         proposal = Proposal(command=Record(events=events), request_id=request_id, actor=f"agent@{machine}")
         try:
@@ -92,7 +90,7 @@ async def _commit(link: Link, machine: str, events: tuple[NoteEvent, ...], seen_
             await asyncio.sleep(PAUSE_S)
             continue
         if isinstance(result, Rejected) and result.code == "too_old":
-            request_id = new_request_id(secrets.token_hex(16), seen_seq())
+            request_id = new_request_id(seen_seq())
             continue
         if isinstance(result, Rejected):
             log.get().error("notes_rejected", machine=machine, code=result.code, why=result.why)

@@ -331,7 +331,7 @@ class Reconciler:
 
     async def _end(self, command: AnyCommand, leader: LeaderInfo) -> str:
         """Commit *command* and return "", or why the ledger refused it; QuorumLost when it cannot be committed."""
-        request_id = new_request_id(secrets.token_hex(16), self._control.view.seq())
+        request_id = new_request_id(self._control.view.seq())
         result = await self._control.commit(command, request_id, f"slum@{leader.member}")
         return result.why if isinstance(result, Rejected) else ""
 

@@ -153,7 +153,7 @@ def _checked(control: Control, kind: str, subject: str, role: str) -> str:
 
 
 async def _commit(control: Control, command: AnyCommand, actor: str) -> Done:
-    result = await control.commit(command, new_request_id(secrets.token_hex(16), control.view.reader.seq()), actor)
+    result = await control.commit(command, new_request_id(control.view.reader.seq()), actor)
     if isinstance(result, Done):
         return result
     raise Missing(result.why) if result.code == "missing" else rejection(result)

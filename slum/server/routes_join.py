@@ -7,7 +7,6 @@ stranger only that it opens nothing. A token's secret is hashed as soon as it is
 from __future__ import annotations
 
 import re
-import secrets
 import time
 
 from slum import api, log
@@ -84,7 +83,9 @@ async def post_renew(call: Call) -> api.JoinAnswer:
         key_hash=signed.key_hash,
         not_after=signed.not_after,
     )
-    result = await control.commit(command, _request_id(control), _actor(row.subject, asked.host, call))
+    result = await control.commit(
+        command, new_request_id(control.view.reader.seq()), _actor(row.subject, asked.host, call)
+    )
     noted = reader.certificate(signed.serial)
     if not isinstance(result, Done) or noted is None:
         raise _refused(call, "certificate", shown.serial, getattr(result, "why", "it is gone"))
@@ -157,7 +158,7 @@ async def _use(call: Call, row: TokenRow, asked: api.JoinRequest, subject: str, 
         certificate=signed.certificate,
         not_after=signed.not_after,
     )
-    result = await control.commit(command, _request_id(control), _actor(subject, asked.host, call))
+    result = await control.commit(command, new_request_id(control.view.reader.seq()), _actor(subject, asked.host, call))
     used = control.view.reader.token(secret)
     if not isinstance(result, Done) or used is None or used.key_hash != signed.key_hash:
         raise _refused(call, "token", row.id, getattr(result, "why", "it was used with another key"))
@@ -223,7 +224,3 @@ def _actor(subject: str, host: str, call: Call) -> str:
 
 def _address(call: Call) -> str:
     return call.peer.address if isinstance(call.peer, Visitor) else "local"
-
-
-def _request_id(control: Control) -> str:
-    return new_request_id(secrets.token_hex(16), control.view.reader.seq())

@@ -194,5 +194,5 @@ def _is_due(home: Home, certificate: str, uri: str, now: float) -> bool:
 
 
 async def _propose(ledger: Proposes, reader: Reader, command: AnyCommand, actor: str) -> Result:
-    request_id = new_request_id(secrets.token_hex(16), reader.seq())
+    request_id = new_request_id(reader.seq())
     return await ledger.propose(Proposal(command=command, request_id=request_id, actor=actor), deadline_s=PROPOSE_S)

@@ -271,7 +271,7 @@ class Work(threading.Thread):
 def minority_problems(site: Site, host: Host, history: History) -> list[str]:
     """Return what is wrong with how *host*, which is cut off and knows it, answers: it refuses writes, and its reads say their age."""
     asked = history.begin(Asked(id=f"c0-{secrets.randbelow(1 << 40)}", kind="add", member=host.name, key="k0"))
-    request_id = new_request_id(secrets.token_hex(16), history.newest_seq)
+    request_id = new_request_id(history.newest_seq)
     body = {
         "verb": "restart",
         "service": "counters",

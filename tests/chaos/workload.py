@@ -10,7 +10,6 @@ import http.client
 import itertools
 import json
 import random
-import secrets
 import socket
 import threading
 import time
@@ -175,7 +174,7 @@ class Client(threading.Thread):
         return [self._site.hosts[name] for name in list(names)]
 
     def _request_id(self) -> str:
-        return new_request_id(secrets.token_hex(16), self._history.newest_seq)
+        return new_request_id(self._history.newest_seq)
 
 
 def register_of(fleet: Fleet) -> str:
