@@ -257,7 +257,7 @@ def _send(made: Site, claim: str, tmp_path: Path) -> None:
     child = litestream.Child(control, document, lock)
     try:
         end = time.monotonic() + 20
-        while not control.exists():
+        while not child.listens:
             assert time.monotonic() < end
             time.sleep(0.01)
         child.sync(20)
