@@ -190,7 +190,7 @@ class Steps:
         while not happened():
             assert time.monotonic() < end, "did not happen in time"
             self.member.step(0.05)
-            for take, answer in self.member.proposer.release():
+            for take, answer in self.member.answers():
                 take(answer)
 
     def said(self, event: str) -> bool:

@@ -1,4 +1,5 @@
-"""When SQLite's write-ahead log is copied into state.db: four times a second, and beside the ledger's thread as far as it goes.
+"""When SQLite's write-ahead log is copied into state.db: once a second or when much is in it, beside the ledger's thread as far
+as it goes.
 
 A checkpoint syncs twice, which SQLite left to itself does in the midst of a commit, and at every one while a reader holds a
 long WAL. Here another thread copies what there is; what came meanwhile, some commits, the ledger's thread copies itself, so
@@ -8,6 +9,7 @@ member, as one of a commit does; for want of space the WAL stays as it is until 
 
 from __future__ import annotations
 
+import math
 import sqlite3
 import threading
 from collections.abc import Callable
@@ -17,7 +19,10 @@ from pathlib import Path
 from slum.ledger import schema
 from slum.ledger.state import State
 
-PERIOD_S = 0.25
+PERIOD_S = 1.0
+ANSWERS = 5000
+"""After so many it is time earlier: the WAL shall not grow long."""
+LEAST_S = 0.25
 
 
 class Checkpoints:
@@ -27,8 +32,8 @@ class Checkpoints:
         """*apart* runs something beside the caller."""
         self._clock = clock
         self._apart = apart
-        self._due_at = 0.0
-        self._seq = -1
+        self._began_at = -math.inf
+        self._seq, self._results = -1, 0
         """Of the state that was copied last."""
         self._path: Path | None = None
         """Of the state.db that is being copied beside us."""
@@ -45,9 +50,12 @@ class Checkpoints:
                 if error is not None:
                     raise state.failed(error)
                 state.checkpoint()
-        elif self._path is None and self._clock() >= self._due_at and state.position.seq != self._seq:
-            self._due_at = self._clock() + PERIOD_S
-            self._seq, self._path = state.position.seq, state.path
+            return
+        at = state.position
+        period_s = LEAST_S if at.results - self._results >= ANSWERS else PERIOD_S
+        if self._path is None and at.seq != self._seq and self._clock() >= self._began_at + period_s:
+            self._began_at = self._clock()
+            self._seq, self._results, self._path = at.seq, at.results, state.path
             self._apart(self._copy)
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ from slum.ledger.epoch import Epoch
 from slum.ledger.offers import Offers
 from slum.ledger.peers import Peers
 from slum.ledger.peerwire import VERSION, Hello, Part, Place, Relay, RelayRefused, Tail, WantCopy, WantTail
-from slum.ledger.proposer import Proposer
+from slum.ledger.proposer import Answer, Proposer, Take
 from slum.ledger.relay import Relays
 from slum.ledger.rows import Rows
 from slum.ledger.schema import EpochRow, Position
@@ -40,6 +40,8 @@ from slum.ledger.world import Config, World
 
 TICK_S = 0.02
 LEAST_S = 0.001
+SHOW_S = 0.01
+"""A follower's state.db may be so much older than what it has applied: many small commits become one."""
 
 
 class Member:
@@ -62,7 +64,7 @@ class Member:
         self._changes = Changes()
         self._failure: BaseException | None = None
         self._next: tuple[EpochRow, journal.Journal] | None = None
-        self._linger_until = 0.0
+        self._linger_until = self._show_at = 0.0
         self._leads_next = False
         self._retained = replay.Retained(home, config.epoch_bytes)
         self._me = who(home, state.position)
@@ -99,6 +101,24 @@ class Member:
     @property
     def position(self) -> Position:
         return self.state.position
+
+    @property
+    def shown(self) -> int:
+        """Up to which sequence those who read state.db find what this member has applied."""
+        return self.state.shown
+
+    def show(self) -> None:
+        """Let them find all of it: somebody is about to be told."""
+        if self.shown < self.position.seq:
+            self.state.commit()
+            self._show_at = self._world.clock() + SHOW_S
+
+    def answers(self) -> list[tuple[Take, Answer]]:
+        """Return the answers that may go out now, and to whom; state.db shows what they tell of."""
+        answers = self.proposer.release()
+        if answers:
+            self.show()
+        return answers
 
     @property
     def epoch(self) -> Epoch:
@@ -220,13 +240,13 @@ class Member:
             self._peers.tick(self.position.seq)
             self._follow()
             self._catch_up.tick()
-        behind = self._epoch.group.backlog > 1
-        if behind:
-            # Who has many to apply commits them together.
+        follows = self._epoch.wire is not None and not self._epoch.group.leads
+        if follows or self._epoch.group.backlog > 1:
+            # Who has many to apply, or nobody here who waits for it, commits them together.
             self.state.hold()
         self._epoch.tick(yields=yields)
-        if behind and self._failure is None:
-            self.state.commit()
+        if self._failure is None and not (follows and self._world.clock() < self._show_at):
+            self.show()
 
     @property
     def _has_company(self) -> bool:
@@ -247,6 +267,8 @@ class Member:
         if not self._has_company:
             return wait_s
         now, tell_at = self._world.clock(), epoch.group.tell_at
+        if self.shown < self.position.seq:
+            wait_s = min(wait_s, self._show_at - now)
         if self._is_busy:
             return max(0.0, min(wait_s, TICK_S, tell_at - now))
         due = min(self._peers.ping_at, epoch.group.beats_at if epoch.group.leads else epoch.election.deadline)

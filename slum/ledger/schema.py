@@ -20,7 +20,7 @@ from slum.ledger.refusal import RESTORE, Damaged, Refusal
 
 HASHED_ROWS = 200
 _LATER = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
-WAL_PAGES = 4096
+WAL_PAGES = 16384
 """16 MiB: from here on SQLite makes a checkpoint at every commit; before, checkpoints.py does."""
 SCHEMA = 1
 
@@ -140,6 +140,7 @@ def connect(path: Path) -> sqlite3.Connection:
     """Open state.db for its one writer; statements outside BEGIN ... COMMIT commit by themselves."""
     db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=256)
     for pragma in (
+        "page_size=1024",
         "journal_mode=WAL",
         "synchronous=FULL",
         f"wal_autocheckpoint={WAL_PAGES}",

@@ -70,6 +70,7 @@ class Service:
                     self._deaf_until = 0.0
                     self._poll.register(self._listening.fileno(), select.EPOLLIN)
             proposer.close(STOPPING)
+            member.show()
             self._publish()
         finally:
             for connection in list(self._connections.values()):
@@ -78,7 +79,7 @@ class Service:
 
     def wait(self, seq: int, deadline_s: float, take: Callable[[int], None]) -> None:
         """Give *take* the applied seq once it is above *seq*, or *seq* after *deadline_s*."""
-        now = self.member.position.seq
+        now = self.member.shown
         if now > seq:
             take(now)
         else:
@@ -130,10 +131,10 @@ class Service:
         self._poll.register(connection.descriptor, select.EPOLLIN)
 
     def _publish(self) -> None:
-        for take, answer in self.member.proposer.release():
+        for take, answer in self.member.answers():
             take(answer)
         if self._waiters:
-            seq, now = self.member.position.seq, time.monotonic()
+            seq, now = self.member.shown, time.monotonic()
             for token, (above, until, give) in list(self._waiters.items()):
                 if seq > above or now >= until:
                     del self._waiters[token]
@@ -222,10 +223,12 @@ class Connection:
             case rpc.WaitFor(seq=seq, deadline_s=deadline_s):
                 self._service.wait(seq, deadline_s, lambda now: self._reply(rpc.Reply(id=number, seq=now)))
             case rpc.AskLeader():
+                member.show()
                 self._reply(rpc.Reply(id=number, leader=member.leader()))
             case rpc.AskChange(add=add, remove=remove):
                 self._change(Change(add=add, remove=remove), partial(self._answer_change, number))
             case rpc.AskStatus():
+                member.show()
                 self._reply(rpc.Reply(id=number, status=member.status()))
             case rpc.AskMembers():
                 self._reply(rpc.Reply(id=number, members=member.position.members))

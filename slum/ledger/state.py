@@ -66,6 +66,7 @@ class State:
         self._syncs_all = True
         self._holds = False
         self.position = schema.read_position(db, str(path))
+        self._committed = self.position.seq
 
     @classmethod
     def open(cls, path: Path, *, results_kept: int = RESULTS_KEPT, pages: bool = True) -> State:
@@ -94,6 +95,11 @@ class State:
     def path(self) -> Path:
         return self._path
 
+    @property
+    def shown(self) -> int:
+        """Up to which sequence others find in the file what was applied; behind *position* while something is held."""
+        return self._committed if self._db.in_transaction else self.position.seq
+
     def close(self) -> None:
         self._db.close()
 
@@ -121,7 +127,8 @@ class State:
                 raise self.failed(error) from error
 
     def checkpoint(self) -> None:
-        """Copy the WAL into state.db as far as no reader holds it; outside of any transaction."""
+        """Copy the WAL into state.db as far as no reader holds it; commits what was held."""
+        self.commit()
         try:
             schema.checkpoint(self._db)
         except sqlite3.Error as error:
@@ -180,6 +187,7 @@ class State:
                 self.commit()
                 self._set_sync(True)
             if not db.in_transaction:
+                self._committed = self.position.seq
                 db.execute("BEGIN IMMEDIATE")
             applied = self._apply(entry, data)
             if before_commit is not None:

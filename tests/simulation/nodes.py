@@ -176,7 +176,7 @@ class Nodes:
         wait_s = member._patience(IDLE_S)
         node.next_at = self.clock.at + (max(SOON_S, wait_s) if wait_s < TICK_S else max(LOOK_S, wait_s))
         self.witness.look(node.name, member, self.clock.at)
-        for take, answer in member.proposer.release():
+        for take, answer in member.answers():
             take(answer)
 
     def _join(self, node: Node) -> None:
