@@ -16,6 +16,7 @@ from slum.ledger import group, journal
 from slum.ledger.election import Election
 from slum.ledger.frames import JournalId
 from slum.ledger.group import Group, Timing
+from slum.ledger.later import LATER_S
 from slum.ledger.peerwire import (
     Append,
     AskPreVote,
@@ -182,10 +183,71 @@ def test_a_leaders_entries_travel_while_they_are_written(bench: Bench) -> None:
     bench.posted.clear()
     bench.group.offer(b"x", lambda *_: None)
     bench.group.tick()
-    sent = [message for _, message in bench.posted]
-    assert len(sent) == 4
-    assert all(isinstance(message, Append) and message.entries for message in sent)
+    assert sorted(peer for peer, _ in bench.posted) == ["m2", "m3"], "a majority, with us"
+    assert all(isinstance(message, Append) and message.entries for _, message in bench.posted)
     assert bench.journal.dirty
+
+
+def write(bench: Bench) -> list[str]:
+    """Append an entry as leader; return to whom it was sent at once."""
+    bench.posted.clear()
+    bench.group.offer(b"x", lambda *_: None)
+    bench.group.tick()
+    bench.journal.sync()
+    return sorted(peer for peer, _ in bench.posted)
+
+
+def acknowledge(bench: Bench, *peers: str) -> None:
+    end = len(bench.journal)
+    for peer in peers:
+        bench.wire.take(peer, NextIndex(place=PLACE, term=bench.group.term, next=end + 1, reset=False, success=True))
+    bench.group.tick()
+
+
+def test_who_is_not_needed_gets_entries_a_little_later_and_together(bench: Bench) -> None:
+    bench.lead()
+    bench.journal.sync()
+    acknowledge(bench, "m2", "m3", "m4", "m5")
+    for _ in range(3):
+        assert write(bench) == ["m2", "m3"]
+        acknowledge(bench, "m2", "m3")
+    assert bench.wire.due_at <= time.monotonic() + LATER_S
+    bench.posted.clear()
+    time.sleep(LATER_S)
+    bench.wire.tick()
+    assert sorted(peer for peer, _ in bench.posted) == ["m4", "m5"]
+    assert [len(message.entries) for _, message in bench.posted if isinstance(message, Append)] == [3, 3]
+    assert bench.wire.due_at == math.inf
+
+
+def test_who_lags_is_not_waited_for_any_more(bench: Bench) -> None:
+    bench.lead()
+    bench.journal.sync()
+    acknowledge(bench, "m2", "m3", "m4", "m5")
+    assert write(bench) == ["m2", "m3"]
+    acknowledge(bench, "m4", "m3")
+    assert write(bench) == ["m3", "m4"]
+    acknowledge(bench, "m2", "m3", "m4", "m5")
+    assert write(bench) == ["m3", "m4"], "no change without need"
+    bench.wire.down("m3")
+    assert write(bench) == ["m2", "m4"]
+    bench.wire.down("m4")
+    bench.wire.down("m5")
+    assert write(bench) == ["m2"]
+
+
+def test_what_is_on_its_way_is_not_sent_again_for_an_early_answer(bench: Bench) -> None:
+    bench.lead()
+    bench.journal.sync()
+    acknowledge(bench, "m2", "m3", "m4", "m5")
+    end = len(bench.journal)
+    write(bench)
+    write(bench)
+    bench.wire.take("m2", NextIndex(place=PLACE, term=bench.group.term, next=end + 2, reset=False, success=True))
+    assert bench.group.next_of("m2") == end + 3
+    # Lost on the way: the follower says from where it lacks them.
+    bench.wire.take("m2", NextIndex(place=PLACE, term=bench.group.term, next=end + 2, reset=True, success=False))
+    assert bench.group.next_of("m2") == end + 2
 
 
 def test_what_is_committed_is_told_with_new_entries_or_a_little_later(bench: Bench) -> None:

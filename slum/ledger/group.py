@@ -326,6 +326,15 @@ class Group(SyncObj):  # type: ignore[misc]  # PySyncObj has no types
         found: int = self._SyncObj__raftMatchIndex.get(Node(peer), 0)
         return found
 
+    def next_of(self, peer: str) -> int:
+        """Return the index of the first entry that *peer* is sent next; of meaning on the leader only."""
+        found: int = self._SyncObj__raftNextIndex.get(Node(peer), 0)
+        return found
+
+    def go_on_from(self, peer: str, index: int) -> None:
+        """Send *peer* what begins at *index* next: all before it is on its way."""
+        self._SyncObj__raftNextIndex[Node(peer)] = index
+
     def close(self) -> None:
         """End the group. Never call it from inside a tick."""
         if not self._ended:

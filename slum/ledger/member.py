@@ -226,6 +226,8 @@ class Member:
         if self._failure is not None:
             raise self._failure
         self._epoch.group.tell(at_once=self._relays.take_urgent() or self.sealed)
+        if self._epoch.wire is not None:
+            self._epoch.wire.tick()
         if self._next is not None and not self._lingers():
             self._begin_epoch()
 
@@ -269,6 +271,8 @@ class Member:
         now, tell_at = self._world.clock(), epoch.group.tell_at
         if self.shown < self.position.seq:
             wait_s = min(wait_s, self._show_at - now)
+        if epoch.wire is not None:
+            wait_s = min(wait_s, epoch.wire.due_at - now)
         if self._is_busy:
             return max(0.0, min(wait_s, TICK_S, tell_at - now))
         due = min(self._peers.ping_at, epoch.group.beats_at if epoch.group.leads else epoch.election.deadline)

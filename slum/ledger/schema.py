@@ -22,16 +22,18 @@ HASHED_ROWS = 200
 _LATER = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 WAL_PAGES = 16384
 """16 MiB: from here on SQLite makes a checkpoint at every commit; before, checkpoints.py does."""
-SCHEMA = 1
+SCHEMA = 2
+"""2 keeps the members beside the ledger row, which is written with every entry, instead of in it."""
 
 _TABLES = """
 CREATE TABLE ledger (
   id INTEGER PRIMARY KEY CHECK (id = 1),
   cluster_id TEXT NOT NULL, generation INTEGER NOT NULL, epoch INTEGER NOT NULL, lineage TEXT NOT NULL,
-  term INTEGER NOT NULL, applied INTEGER NOT NULL, seq INTEGER NOT NULL, chain TEXT NOT NULL, members BLOB NOT NULL,
+  term INTEGER NOT NULL, applied INTEGER NOT NULL, seq INTEGER NOT NULL, chain TEXT NOT NULL,
   protocol INTEGER NOT NULL, leader TEXT NOT NULL, revision INTEGER NOT NULL, events INTEGER NOT NULL,
   events_hash TEXT NOT NULL, results INTEGER NOT NULL, results_floor INTEGER NOT NULL, own_hash TEXT NOT NULL
 ) STRICT;
+CREATE TABLE members (id INTEGER PRIMARY KEY CHECK (id = 1), members BLOB NOT NULL) STRICT;
 CREATE TABLE epochs (
   generation INTEGER NOT NULL, epoch INTEGER NOT NULL, lineage TEXT NOT NULL, salt BLOB NOT NULL, chain0 TEXT NOT NULL,
   seq0 INTEGER NOT NULL, PRIMARY KEY (generation, epoch)
@@ -133,7 +135,8 @@ class EpochRow(Frozen):
     seq0: int
 
 
-_COLUMNS = Position.__struct_fields__
+_COLUMNS = tuple(name for name in Position.__struct_fields__ if name != "members")
+_WRITE_POSITION = f"INSERT OR REPLACE INTO ledger (id, {', '.join(_COLUMNS)}, own_hash) VALUES (1, {', '.join('?' * len(_COLUMNS))}, ?)"
 
 
 def connect(path: Path) -> sqlite3.Connection:
@@ -192,28 +195,25 @@ def check_version(db: sqlite3.Connection, name: str) -> None:
 
 def read_position(db: sqlite3.Connection, name: str = "state.db") -> Position:
     """Return the ledger row; raise Damaged when it does not match its own check."""
-    row = db.execute(f"SELECT {', '.join(_COLUMNS)}, own_hash FROM ledger").fetchone()
+    row = db.execute(f"SELECT {', '.join(_COLUMNS)}, own_hash, members FROM ledger JOIN members USING (id)").fetchone()
     if row is None:
         raise Damaged(f"{name} has no ledger row", hint=RESTORE)
     try:
-        fields = dict(zip(_COLUMNS, row, strict=False))
-        fields["members"] = msgspec.msgpack.decode(fields["members"], type=tuple[Member, ...])
-        position = Position(**fields)
+        *values, own, members = row
+        fields = dict(zip(_COLUMNS, values, strict=True))
+        position = Position(**fields, members=msgspec.msgpack.decode(members, type=tuple[Member, ...]))
     except msgspec.MsgspecError as error:
         raise Damaged(f"{name}: the ledger row cannot be read: {error}", hint=RESTORE) from error
-    if own_hash(position) != row[-1]:
+    if own_hash(position) != own:
         raise Damaged(f"{name}: the ledger row does not match its own hash", hint=RESTORE)
     return position
 
 
-def write_position(db: sqlite3.Connection, position: Position) -> None:
-    values = [getattr(position, name) for name in _COLUMNS]
-    values[_COLUMNS.index("members")] = msgspec.msgpack.encode(position.members)
-    marks = ", ".join("?" * (len(values) + 1))
-    db.execute(
-        f"INSERT OR REPLACE INTO ledger (id, {', '.join(_COLUMNS)}, own_hash) VALUES (1, {marks})",
-        (*values, own_hash(position)),
-    )
+def write_position(db: sqlite3.Connection, position: Position, was: Position | None = None) -> None:
+    """Write the ledger row, and the members where they are not those of *was*, which was written before."""
+    if was is None or position.members is not was.members:
+        db.execute("INSERT OR REPLACE INTO members VALUES (1, ?)", (msgspec.msgpack.encode(position.members),))
+    db.execute(_WRITE_POSITION, (*(getattr(position, name) for name in _COLUMNS), own_hash(position)))
 
 
 def own_hash(position: Position) -> str:

@@ -336,7 +336,7 @@ class State:
             self._db.execute("DELETE FROM entries")
         else:
             self._db.execute("INSERT INTO entries VALUES (?, ?)", (position.applied, results_hash))
-        schema.write_position(self._db, position)
+        schema.write_position(self._db, position, was)
         return Applied(position, entry.proposals, tuple(results), stale, epoch)
 
     def _attempt(self, turn: Turn, command: AnyCommand) -> Result:

@@ -16,6 +16,7 @@ from slum.errors import invariant
 from slum.ledger.election import Election
 from slum.ledger.group import Group, Node, Transport
 from slum.ledger.journal import Journal
+from slum.ledger.later import Later
 from slum.ledger.overlap import Fitted, fit
 from slum.ledger.peerwire import (
     Append,
@@ -72,6 +73,9 @@ class Wire(Transport):  # type: ignore[misc]  # PySyncObj has no types
         self._feeding = False
         self._votes: tuple[int, set[str]] = (0, set())
         self._acknowledged: dict[str, int] = {}
+        self._later = Later(post, clock)
+        # As they stand for election when the leader is gone: whoever comes first then lacks nothing.
+        self._preferred = sorted(peers)
         self.told: tuple[float, int] | None = None
         """When a leader said that how much is committed; whoever has applied that takes it away."""
 
@@ -99,6 +103,7 @@ class Wire(Transport):  # type: ignore[misc]  # PySyncObj has no types
     def down(self, peer: str) -> None:
         if peer in self._up:
             self._up.discard(peer)
+            self._later.forget(peer)
             if self.group.leader == peer:
                 others = sorted({self.group.selfNode.id, *self._nodes} - {peer})
                 self._election.lost_leader(peer, self._clock(), others.index(self.group.selfNode.id))
@@ -117,8 +122,31 @@ class Wire(Transport):  # type: ignore[misc]  # PySyncObj has no types
             return False
         if not isinstance(translated, Append) or self._journal.promises:
             self._journal.sync()
-        self._post(node.id, translated)
+        if not isinstance(translated, Append):
+            self._post(node.id, translated)
+        elif translated.entries and self._is_spare(node.id):
+            self._later.keep(node.id, translated)
+        else:
+            self._later.send(node.id, translated)
         return True
+
+    @property
+    def due_at(self) -> float:
+        """When tick() has something to send."""
+        return self._later.due_at
+
+    def tick(self) -> None:
+        """Send what has waited long enough."""
+        if self._clock() >= self._later.due_at:
+            if self._journal.promises:
+                self._journal.sync()
+            self._later.send_all()
+
+    def _is_spare(self, peer: str) -> bool:
+        """Tell whether a majority will have new entries without *peer*, as far as we know. The preferred stay so until they lag."""
+        group = self.group
+        self._preferred.sort(key=lambda name: name not in self._up or group.acknowledged(name) < group.commit)
+        return self._preferred.index(peer) >= (len(self._nodes) + 1) // 2
 
     def _translate(self, message: dict[str, Any]) -> Raft | None:
         term = self.group.term
@@ -240,6 +268,7 @@ class Wire(Transport):  # type: ignore[misc]  # PySyncObj has no types
         if not 2 <= message.next <= end + 1:
             # What was acknowledged in this term is not beyond our log; nothing below 2 was ever replaced.
             return
+        sent = self.group.next_of(peer)
         if message.success:
             self._acknowledged[peer] = max(self._acknowledged.get(peer, 0), message.next - 1)
         self._onMessageReceived(
@@ -251,6 +280,9 @@ class Wire(Transport):  # type: ignore[misc]  # PySyncObj has no types
                 "success": message.success,
             },
         )
+        if message.success and not message.reset:
+            # PySyncObj would send again what is on its way behind that. What is lost there is asked for, with reset.
+            self.group.go_on_from(peer, max(sent, message.next))
 
     def _take_vote(self, peer: str, message: Vote) -> None:
         term, voters = self._votes
