@@ -102,6 +102,7 @@ class Mirror:
                     )
                     if applied.sealed is not None:
                         break
+                self._state.write_position(was)
                 self._db.table(LOG).insert_all(logged)
         except BaseException:
             self._state.position = was

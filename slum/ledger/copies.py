@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from slum.ledger import folder, schema
+from slum.ledger import folder
 from slum.ledger.peerwire import Part, WantCopy
 
 PART_BYTES = 1 << 20
@@ -31,8 +31,8 @@ class Outgoing:
         self._apart = apart
         self._clock = clock
         self._name = ""
-        self._made: tuple[str, int, str, str] | None = None
-        """(name, size, sha256, hash of all rows); set by whoever makes the copy, as its last act."""
+        self._made: tuple[str, int, str] | None = None
+        """(name, size, sha256); set by whoever makes the copy, as its last act."""
         self._failed = False
         self._asked_at = self._made_at = 0.0
         folder.remove_state_file(self._path)
@@ -50,11 +50,11 @@ class Outgoing:
         made = self._made
         if made is None or wanted.name not in ("", made[0]):
             return Part(name="", offset=0, size=0, sha256="", data=b"")
-        name, size, digest, rows = made
+        name, size, digest = made
         with self._path.open("rb") as file:
             file.seek(wanted.offset)
             data = file.read(PART_BYTES)
-        return Part(name=name, offset=wanted.offset, size=size, sha256=digest, data=data, rows=rows)
+        return Part(name=name, offset=wanted.offset, size=size, sha256=digest, data=data)
 
     def tick(self) -> None:
         if self._made is not None and self._clock() - self._asked_at > KEPT_S:
@@ -75,13 +75,14 @@ class Outgoing:
                 closing(sqlite3.connect(f"{current.as_uri()}?mode=ro", uri=True)) as source,
                 closing(sqlite3.connect(self._path)) as copy,
             ):
+                # It goes to others, who check it, and is nothing after a crash.
+                copy.execute("PRAGMA synchronous=OFF").close()
                 source.backup(copy)
                 # One file, so that its bytes are all of it.
                 copy.execute("PRAGMA journal_mode=DELETE").close()
-                rows = schema.row_hash(copy)
             with self._path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-            self._made = (name, self._path.stat().st_size, digest, rows)
+            self._made = (name, self._path.stat().st_size, digest)
         except (OSError, sqlite3.Error):
             # Asked again, it is tried again; the one that asks shows how long it waits.
             self._failed = True
@@ -97,7 +98,7 @@ class Incoming:
         self._digest = hashlib.sha256()
 
     def take(self, part: Part) -> Path | None:
-        """Add *part*; return the path of the copy once it is whole, durable, and its digest and all its rows are right."""
+        """Add *part*; return the path of the copy once it is whole, durable, and its digest is right."""
         if part.offset != self.size:
             return None
         if self._file < 0:
@@ -113,7 +114,7 @@ class Incoming:
         right = self._digest.hexdigest() == part.sha256
         os.close(self._file)
         self._file = -1
-        if right and _rows_of(self._path) == part.rows:
+        if right:
             return self._path
         self.reset()
         return None
@@ -124,12 +125,3 @@ class Incoming:
             os.close(self._file)
         self._file, self.name, self.size, self._digest = -1, "", 0, hashlib.sha256()
         folder.remove_state_file(self._path)
-
-
-def _rows_of(path: Path) -> str:
-    """Return the hash of all rows of the copy at *path*, read back from the disk; "" when it cannot be read."""
-    try:
-        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as db:
-            return schema.row_hash(db)
-    except sqlite3.Error:
-        return ""

@@ -161,8 +161,6 @@ class Part(_Message, tag="part"):
     size: int
     sha256: str
     data: bytes
-    rows: str = ""
-    """The hash of all rows in it."""
 
 
 class Relay(_Message, tag="relay"):

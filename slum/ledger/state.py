@@ -66,7 +66,8 @@ class State:
         self._syncs_all = True
         self._holds = False
         self.position = schema.read_position(db, str(path))
-        self._committed = self.position.seq
+        self._committed = self.position
+        """As it was when the open transaction began, and is in the file."""
 
     @classmethod
     def open(cls, path: Path, *, results_kept: int = RESULTS_KEPT, pages: bool = True) -> State:
@@ -98,7 +99,7 @@ class State:
     @property
     def shown(self) -> int:
         """Up to which sequence others find in the file what was applied; behind *position* while something is held."""
-        return self._committed if self._db.in_transaction else self.position.seq
+        return self._committed.seq if self._db.in_transaction else self.position.seq
 
     def close(self) -> None:
         self._db.close()
@@ -122,9 +123,17 @@ class State:
         self._holds = False
         if self._db.in_transaction:
             try:
-                self._db.execute("COMMIT")
+                self._commit()
             except sqlite3.Error as error:
                 raise self.failed(error) from error
+
+    def _commit(self) -> None:
+        self.write_position(self._committed)
+        self._db.execute("COMMIT")
+
+    def write_position(self, was: Position) -> None:
+        """Write where this is inside of the open transaction, which began at *was*."""
+        schema.write_position(self._db, self.position, was)
 
     def checkpoint(self) -> None:
         """Copy the WAL into state.db as far as no reader holds it; commits what was held."""
@@ -187,29 +196,29 @@ class State:
                 self.commit()
                 self._set_sync(True)
             if not db.in_transaction:
-                self._committed = self.position.seq
+                self._committed = self.position
                 db.execute("BEGIN IMMEDIATE")
             applied = self._apply(entry, data)
             if before_commit is not None:
                 before_commit(applied)
+            self.position = applied.position
             if not self._holds:
-                db.execute("COMMIT")
+                self._commit()
             if seals:
                 self._set_sync(self._syncs_all)
         except sqlite3.Error as error:
             raise self.failed(error) from error
-        self.position = applied.position
         return applied
 
     def failed(self, error: sqlite3.Error) -> StateFailed:
         """Return what ends the member after *error*."""
         return StateFailed(
-            f"{self._path}: {error} while applying entry {self.position.seq + 1}",
+            f"{self._path}: {error} while applying entries after {self._committed.seq}",
             hint="free space on its disk or replace it, then start again; nothing acknowledged is lost",
         )
 
     def apply_within(self, data: bytes) -> Applied:
-        """Apply one entry inside the transaction of the caller, who sets *position* when it is committed."""
+        """Apply one entry inside the transaction of the caller, who sets *position*, and writes it before the end."""
         return self._apply(_entry(data, self.position.seq + 1), data)
 
     def check_events(self) -> None:
@@ -336,7 +345,6 @@ class State:
             self._db.execute("DELETE FROM entries")
         else:
             self._db.execute("INSERT INTO entries VALUES (?, ?)", (position.applied, results_hash))
-        schema.write_position(self._db, position, was)
         return Applied(position, entry.proposals, tuple(results), stale, epoch)
 
     def _attempt(self, turn: Turn, command: AnyCommand) -> Result:
