@@ -134,12 +134,17 @@ class CatchUp:
 
     def _ask(self) -> None:
         assert self._source is not None
+        if self._wants_copy:
+            self._ask_for(*self._incoming.wanted())
+        else:
+            self._ask_for(WantTail(place=self._follower.place, after=self._follower.commit))
+
+    def _ask_for(self, *wanted: WantTail | WantCopy) -> None:
+        assert self._source is not None
         self._ask_at = self._clock() + ASK_AGAIN_S
         self._unanswered = True
-        if self._wants_copy:
-            self._post(self._source, WantCopy(name=self._incoming.name, offset=self._incoming.size))
-        else:
-            self._post(self._source, WantTail(place=self._follower.place, after=self._follower.commit))
+        for message in wanted:
+            self._post(self._source, message)
 
     def _take_tail(self, peer: str, tail: Tail) -> None:
         if tail.gone:
@@ -163,9 +168,11 @@ class CatchUp:
             self._unanswered = False
             self._ask_at = self._clock() + POLL_S
             return
+        if part.offset != self._incoming.size:
+            return  # asked for twice
         path = self._incoming.take(part)
         if path is None:
-            self._ask()
+            self._ask_for(*self._incoming.next())
             return
         source = self._source
         adopted = self._follower.adopt(path)

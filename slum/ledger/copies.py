@@ -18,6 +18,8 @@ from slum.ledger import folder
 from slum.ledger.peerwire import Part, WantCopy
 
 PART_BYTES = 1 << 20
+AHEAD = 2
+"""So many parts are asked for before the first of them has come: one travels while another one is written."""
 KEPT_S = 30.0
 FRESH_S = 5.0
 """Whoever begins to ask gets a copy at most so old, unless another one is being given out."""
@@ -94,8 +96,25 @@ class Incoming:
         self.name = ""
         self.size = 0
         """What has been collected."""
+        self._step = self._total = self._asked = 0
         self._file: int = -1
         self._digest = hashlib.sha256()
+
+    def wanted(self) -> list[WantCopy]:
+        """Return all to ask for, from where the collected ends: the first part alone, which tells how large they are."""
+        if not self.name:
+            return [WantCopy(name="", offset=0)]
+        self._asked = self.size
+        return self.next()
+
+    def next(self) -> list[WantCopy]:
+        """Return what more to ask for, after a part was taken."""
+        if not self.name:
+            return self.wanted()
+        end = min(self._total, self.size + AHEAD * self._step)
+        starts = range(max(self._asked, self.size), end, self._step)
+        self._asked = starts[-1] + self._step if starts else self._asked
+        return [WantCopy(name=self.name, offset=offset) for offset in starts]
 
     def take(self, part: Part) -> Path | None:
         """Add *part*; return the path of the copy once it is whole, durable, and its digest is right."""
@@ -104,7 +123,7 @@ class Incoming:
         if self._file < 0:
             folder.remove_state_file(self._path)
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            self.name = part.name
+            self.name, self._step, self._total, self._asked = part.name, len(part.data), part.size, len(part.data)
         os.write(self._file, part.data)
         self._digest.update(part.data)
         self.size += len(part.data)

@@ -7,7 +7,7 @@ and started again at any moment.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
@@ -98,16 +98,22 @@ class Joiner:
         self._net.set_members((), self._hello, ())
 
     def _ask(self) -> None:
+        self._ask_for(self._incoming.wanted())
+
+    def _ask_for(self, wanted: Iterable[WantCopy]) -> None:
         self._asked_at = self._clock()
-        self._net.send(self._up[0], WantCopy(name=self._incoming.name, offset=self._incoming.size))
+        for message in wanted:
+            self._net.send(self._up[0], message)
 
     def _take(self, part: Part) -> bool:
         if not part.name or (self._incoming.name and part.name != self._incoming.name):
             self._incoming.reset()
             return False
+        if part.offset != self._incoming.size:
+            return False  # asked for twice
         path = self._incoming.take(part)
         if path is None:
-            self._ask()
+            self._ask_for(self._incoming.next())
             return False
         state = State.open(path)
         cluster = state.position.cluster_id

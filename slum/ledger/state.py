@@ -174,6 +174,8 @@ class State:
         return found
 
     def row_hash(self) -> str:
+        """Return schema.row_hash; commits what was held."""
+        self.commit()
         return schema.row_hash(self._db)
 
     def newest_event_at(self) -> float:

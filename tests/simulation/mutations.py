@@ -105,7 +105,12 @@ def _unsynced_send() -> None:
 
 
 def _unsynced_seal() -> None:
-    _replace(state, "_may_seal", lambda entry: False)
+    real = state.State._set_sync
+    _replace(state.State, "_set_sync", lambda self, full: real(self, self._syncs_all))
+
+
+def _answered_early() -> None:
+    _replace(Member, "answers", lambda self: self.proposer.release())
 
 
 def _counted_early() -> None:
@@ -200,6 +205,7 @@ ALL = (
     Mutation("sync-alone", "sync before a group of one counts its own entries", _unsynced_alone, 300),
     Mutation("sync-before-send", "sync before any message leaves", _unsynced_send, 100),
     Mutation("sync-seal", "sync state.db at a Seal: the next journal's votes hang on it", _unsynced_seal, 300),
+    Mutation("show-before-answer", "state.db shows what an answer tells of", _answered_early, 50),
     Mutation("sync-before-count", "a leader's entries are on its disk before it counts itself", _counted_early, 100),
     Mutation("one-vote", "one vote a peer a term", _votes_without_a_name, 100, members=5, strays=0.5),
     Mutation("vote-term", "votes count in their own term only", _votes_of_any_term, 300, rolling=True, strays=0.5),
