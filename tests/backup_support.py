@@ -256,12 +256,24 @@ def is_alive(pid: int) -> bool:
     return False
 
 
+class _Handler(BaseHTTPRequestHandler):
+    def _answer(self, code: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(code)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing to say."""
+
+
 @contextmanager
 def careless() -> Iterator[str]:
     """An S3 server that behaves like the simple ones: it takes every PUT, whatever its conditions."""
     objects: dict[str, bytes] = {}
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(_Handler):
         protocol_version = "HTTP/1.1"
 
         def do_PUT(self) -> None:
@@ -280,16 +292,6 @@ def careless() -> Iterator[str]:
             self.rfile.read(int(self.headers["Content-Length"]))
             self._answer(200, b'<?xml version="1.0"?><DeleteResult><Deleted><Key>k</Key></Deleted></DeleteResult>', {})
 
-        def _answer(self, code: int, body: bytes, headers: dict[str, str]) -> None:
-            self.send_response(code)
-            for name, value in {**headers, "Content-Length": str(len(body))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            """Nothing to say."""
-
     with _serving(Handler) as endpoint:
         yield endpoint
 
@@ -298,23 +300,17 @@ def careless() -> Iterator[str]:
 def refusing(code: int, word: str) -> Iterator[str]:
     """An S3 server that answers everything with an error."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(_Handler):
         def do_GET(self) -> None:
-            self._answer()
+            self._refuse()
 
         def do_PUT(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
-            self._answer()
+            self._refuse()
 
-        def _answer(self) -> None:
-            body = f"<?xml version='1.0'?><Error><Code>{word}</Code><Message>no</Message></Error>".encode()
-            self.send_response(code)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            """Nothing to say."""
+        def _refuse(self) -> None:
+            body = f"<?xml version='1.0'?><Error><Code>{word}</Code><Message>no</Message></Error>"
+            self._answer(code, body.encode(), {})
 
     with _serving(Handler) as endpoint:
         yield endpoint

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, TypeVar
 
 import click
@@ -51,6 +51,16 @@ class Invocation(NamedTuple):
         """Print *text* for people on stdout; with --json stdout belongs to the one document."""
         if not self.json:
             click.echo(text, color=True)
+
+    def say_table(self, header: Sequence[str], rows: Collection[Sequence[str]], *, none: str = "") -> None:
+        """Print *rows* under *header* for people on stdout, or *none* when there are none."""
+        from slum.render import table
+
+        if not rows and none:
+            self.say(none)
+            return
+        for line in table(header, rows, self.paint):
+            self.say(line)
 
     def note(self, text: str) -> None:
         """Print what is good to know but not the answer, on stderr; not with --quiet."""

@@ -12,7 +12,7 @@ import click
 from slum.cli.base import Invocation, SlumGroup, command
 from slum.cli.target import span_s
 from slum.errors import ConfigError
-from slum.render import clock, table
+from slum.render import clock
 
 TOKEN_CHARS_MAX = 4096
 
@@ -111,8 +111,7 @@ def list_(asked: Invocation) -> None:
         for one in found
     ]
     rows.append(("" if current else "*", "local", "", "", "", "this machine"))
-    for line in table(("", "NAME", "USER", "ROLE", "ENDS", "WHERE"), rows, asked.paint):
-        asked.say(line)
+    asked.say_table(("", "NAME", "USER", "ROLE", "ENDS", "WHERE"), rows)
 
 
 @command(

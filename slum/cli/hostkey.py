@@ -8,7 +8,7 @@ import click
 
 from slum.cli.base import Invocation, SlumGroup, command, consent
 from slum.errors import ConfigError
-from slum.render import clock, table
+from slum.render import clock
 
 
 @click.group("hostkey", cls=SlumGroup, epilog="  slum hostkey list\n  slum hostkey forget 203.0.113.9")
@@ -30,13 +30,10 @@ def list_(asked: Invocation) -> None:
     if asked.json:
         asked.emit(found)
         return
-    if not found:
-        asked.say("no key of a host is known; the first that a host shows is, where `host_key` is accept-new")
-        return
     now = time.time()
     rows = [(one.host, one.fingerprint or "the next one", clock(one.at, now), one.actor) for one in found]
-    for line in table(("HOST", "KEY", "SINCE", "BY"), rows, asked.paint):
-        asked.say(line)
+    none = "no key of a host is known; the first that a host shows is, where `host_key` is accept-new"
+    asked.say_table(("HOST", "KEY", "SINCE", "BY"), rows, none=none)
 
 
 @command(

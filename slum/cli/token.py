@@ -9,7 +9,7 @@ import click
 from slum.cli.base import Invocation, SlumGroup, command, consent
 from slum.cli.target import span_s
 from slum.errors import ConfigError
-from slum.render import clock, quantity, seconds, table
+from slum.render import clock, quantity, seconds
 
 
 @click.group(
@@ -79,9 +79,6 @@ def list_(asked: Invocation) -> None:
     if asked.json:
         asked.emit(found)
         return
-    if not found:
-        asked.say("there are no tokens; `slum token new` makes one")
-        return
     now = time.time()
     rows = [
         (
@@ -96,8 +93,8 @@ def list_(asked: Invocation) -> None:
         )
         for one in found
     ]
-    for line in table(("ID", "KIND", "FOR", "ROLE", "STATE", "MADE", "BY", "USED OR ENDS"), rows, asked.paint):
-        asked.say(line)
+    none = "there are no tokens; `slum token new` makes one"
+    asked.say_table(("ID", "KIND", "FOR", "ROLE", "STATE", "MADE", "BY", "USED OR ENDS"), rows, none=none)
 
 
 @command(

@@ -8,7 +8,7 @@ import click
 
 from slum.cli.base import Invocation, SlumGroup, command, consent
 from slum.errors import ConfigError
-from slum.render import clock, quantity, table
+from slum.render import clock, quantity
 
 
 @click.group("user", cls=SlumGroup, epilog="  slum user list\n  slum user remove ana")
@@ -33,9 +33,6 @@ def list_(asked: Invocation, everybody: bool) -> None:
     if asked.json:
         asked.emit(found if everybody else users)
         return
-    if not found:
-        asked.say("there are no users; `slum token new user NAME --role ROLE` lets one in")
-        return
     now = time.time()
     rows = [
         (
@@ -48,8 +45,8 @@ def list_(asked: Invocation, everybody: bool) -> None:
         )
         for one in found
     ]
-    for line in table(("WHO" if everybody else "USER", "ROLE", "STATE", "SINCE", "ENDS", "SERIAL"), rows, asked.paint):
-        asked.say(line)
+    none = "there are no users; `slum token new user NAME --role ROLE` lets one in"
+    asked.say_table(("WHO" if everybody else "USER", "ROLE", "STATE", "SINCE", "ENDS", "SERIAL"), rows, none=none)
 
 
 @command(
