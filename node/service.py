@@ -85,6 +85,12 @@ def install(home: Home) -> str:
     return name
 
 
+def retire(home: Home) -> None:
+    """Have nothing of slum started here after a reboot any more, where a unit does that; what runs goes on."""
+    if can_install() and is_installed(home):
+        _systemctl("disable", "--quiet", units.unit_name(home))
+
+
 def slum_command() -> tuple[str, ...]:
     """Return the command that is this slum, whatever PATH says."""
     return (sys.executable, "-P", "-m", "slum.cli.main")

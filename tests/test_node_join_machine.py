@@ -255,6 +255,10 @@ def test_slum_up_is_by_the_unit_where_one_is_installed_and_makes_it_its_own(syst
         up = server_boot.up(home, wait=False)
         assert up.keeper_pid == int((systemd / f"{unit.name}.pid").read_text())
         assert f"ExecStart={sys.executable}" in unit.read_text()
+        service.retire(home)
+        assert (systemd / "calls").read_text().splitlines()[-1] == f"disable {unit.name}"
+        service.install(home)
+        assert (systemd / "calls").read_text().splitlines()[-1] == f"enable {unit.name}", "and back"
     finally:
         server_boot.down(home, services=True, grace_s=2.0)
         for folder in (home.data, home.run):

@@ -221,6 +221,7 @@ def leave(asked: Invocation) -> None:
     from slum.ledger import identity
     from slum.ledger.refusal import MARK
     from slum.node import boot as node_boot
+    from slum.node import service
     from slum.server import boot, founding
     from slum.server.cluster import REMOVED
 
@@ -239,6 +240,7 @@ def leave(asked: Invocation) -> None:
     _run(founding.close_front(asked.home))
     node_boot.shut_down(asked.home, set(boot.PROGRAMS))
     asked.home.boot.unlink(missing_ok=True)
+    service.retire(asked.home)
     aside = asked.home.state.with_name(f"state.left-{int(time.time())}")
     asked.home.state.rename(aside)
     if asked.json:
