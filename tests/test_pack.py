@@ -264,6 +264,7 @@ def test_a_folder_that_changes_is_an_error_never_a_torn_bundle(tmp_path: Path) -
         tries = refused = 0
         while tries < 40 or (not refused and tries < 4000):
             tries += 1
+            (tmp_path / "out").unlink(missing_ok=True)
             try:
                 pack(source, tmp_path / "out")
             except ConfigError:

@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import msgspec
 
@@ -180,15 +181,19 @@ def wait_for_api(home: Home, timeout_s: float = UP_S) -> None:
 
 
 def _last_words(home: Home) -> tuple[str, str]:
-    """Return the last line of the log that was written last, of ledger and server; of an error what it says, and what next."""
+    """Return what ledger and server said last, and what to do next: an error if one of them ended with it, else the newest line."""
     logs = [path for name in ("ledger", "server") if (path := home.own_log(name)).is_file()]
-    if not logs:
-        return "nothing", ""
-    newest = max(logs, key=lambda path: path.stat().st_mtime)
-    lines = newest.read_bytes()[-LAST_BYTES:].decode("utf-8", "replace").splitlines()
-    last = lines[-1] if lines else "nothing"
-    try:
-        said = msgspec.json.decode(last.partition(" ")[2], type=dict[str, object])
-    except msgspec.DecodeError:
-        return last, ""
-    return (str(said["error"]), str(said.get("hint", ""))) if "error" in said else (last, "")
+    logs.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    last = [line for path in logs for line in _tail(path)[-1:]]
+    for line in last:
+        try:
+            said = msgspec.json.decode(line.partition(" ")[2], type=dict[str, object])
+        except msgspec.DecodeError:
+            continue
+        if "error" in said:
+            return str(said["error"]), str(said.get("hint", ""))
+    return (last[0] if last else "nothing"), ""
+
+
+def _tail(path: Path) -> list[str]:
+    return path.read_bytes()[-LAST_BYTES:].decode("utf-8", "replace").splitlines()
