@@ -60,6 +60,28 @@ async def test_any_member_takes_writes_and_shows_its_own(seed: int) -> None:
         await cluster.finish([], others=3)
 
 
+async def test_whoever_is_told_of_news_finds_it_in_the_state_db_beside_it(seed: int) -> None:
+    """Members that do not lead commit what they apply together, but never behind what they say."""
+    with Cluster() as cluster:
+        cluster.start()
+        await cluster.agreed()
+        leader = await cluster.leader()
+        other = next(node for node in cluster.nodes if node is not leader)
+        async with connect(leader.home.ledger_socket) as ledger, connect(other.home.ledger_socket) as beside:
+            for number in range(60):
+                seq = cluster.position(other).seq
+                waiting = asyncio.create_task(beside.wait(seq, deadline_s=10))
+                result = await ledger.propose(proposal(note(why=str(number))), deadline_s=10)
+                assert isinstance(result, Done)
+                told = await waiting
+                assert told > seq
+                assert cluster.position(other).seq >= told
+                if number % 3 == 0:
+                    info = await beside.leader()
+                    assert cluster.position(other).seq >= info.seq
+        await cluster.finish([], others=60)
+
+
 @pytest.mark.parametrize("what", ["one", "majority", "all", "pause"])
 async def test_trouble_under_load(seed: int, what: str) -> None:
     chance = random.Random(seed)
