@@ -9,7 +9,9 @@ member, as one of a commit does; for want of space the WAL stays as it is until 
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import sqlite3
 import threading
 from collections.abc import Callable
@@ -71,7 +73,19 @@ class Checkpoints:
                 sqlite3.connect(f"{self._path.absolute().as_uri()}?mode=rw", uri=True, isolation_level=None)
             ) as db:
                 schema.checkpoint(db)
+                # What a reader keeps from being copied would otherwise pile up, until a Seal's commit has to wait for all of it.
+                _sync(Path(f"{self._path}-wal"))
         except sqlite3.Error as error:
             self._error = error
         finally:
             self._copied.set()
+
+
+def _sync(path: Path) -> None:
+    """Make the file at *path* durable; whoever needs it to be does so again, and hears of errors."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fdatasync(descriptor)
+        finally:
+            os.close(descriptor)

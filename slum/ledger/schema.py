@@ -20,8 +20,8 @@ from slum.ledger.refusal import RESTORE, Damaged, Refusal
 
 HASHED_ROWS = 200
 _LATER = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
-WAL_PAGES = 16384
-"""16 MiB: from here on SQLite makes a checkpoint at every commit; before, checkpoints.py does."""
+WAL_PAGES = 131072
+"""128 MiB: from here on SQLite makes a checkpoint in the midst of a commit; before, checkpoints.py does, beside them."""
 SCHEMA = 2
 """2 keeps the members beside the ledger row, which is written with every entry, instead of in it."""
 
