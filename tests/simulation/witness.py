@@ -43,8 +43,8 @@ class Witness:
         self._seen: dict[str, tuple[Place, int, bool]] = {}
         self._chains: dict[int, str] = {}
         self._fences: dict[int, tuple[int, int, int]] = {}
-        self._disks: dict[str, tuple[Place, Sequence[int]]] = {}
-        """What each member's newest journal holds on disk: the terms of its entries."""
+        self._disks: dict[str, tuple[Place, Sequence[int], int]] = {}
+        """What each member's newest journal holds on disk: the terms of its entries, and its own."""
         self._acknowledged: dict[tuple[str, str], tuple[Place, int, int]] = {}
         self._ends: dict[Place, int] = {}
         """The first Seal of an epoch."""
@@ -56,7 +56,7 @@ class Witness:
         name, place = log.path.parent.name, (log.identity.generation, log.identity.epoch)
         if name in self._disks and place < self._disks[name][0]:
             return
-        self._disks[name] = (place, log._terms[:])
+        self._disks[name] = (place, log._terms[:], log._vote.term)
         if log._vote.voted_for is not None:
             voted = self._votes.setdefault((place, log._vote.term, name), log._vote.voted_for)
             if voted != log._vote.voted_for:
@@ -107,7 +107,11 @@ class Witness:
         self._seen[name] = (place, commit, leads)
 
     def _look_at_acknowledged(self, name: str, member: Member) -> None:
-        """What a leader takes for acknowledged is on the disk of whoever acknowledged it, and is the same."""
+        """What a leader takes for acknowledged is on the disk of whoever acknowledged it, and is the same.
+
+        Unless that one has gone on to a later term: the leader of that may have replaced what was not committed, while the
+        acknowledgement travelled.
+        """
         epoch = member.epoch
         terms = epoch.journal._terms
         for peer in epoch.rows:
@@ -116,15 +120,15 @@ class Witness:
             if self._acknowledged.get((name, peer)) == mark:
                 continue
             self._acknowledged[name, peer] = mark
-            at, held = self._disks.get(peer, (epoch.place, ()))
-            if at == epoch.place and index > 1 and list(held[:index]) != list(terms[:index]):
+            at, held, term = self._disks.get(peer, (epoch.place, (), 0))
+            if at == epoch.place and term <= epoch.group.term and index > 1 and list(held[:index]) != list(terms[:index]):
                 raise Failed(f"{name}, leading {epoch.place}, thinks that {peer} holds {index} entries of its log")
 
     def _require_majority(self, index: int, term: int, name: str, member: Member) -> None:
         """Raise Failed unless entry *index* is on enough disks; whoever is in a later epoch has had all of this one."""
         place = member.epoch.place
         group = {name, *member.epoch.rows} if member.epoch.is_member else set(member.epoch.rows)
-        disks = {peer: self._disks[peer] for peer in group if peer in self._disks}
+        disks = {peer: self._disks[peer][:2] for peer in group if peer in self._disks}
         holding = [
             peer
             for peer, (at, terms) in disks.items()
