@@ -121,7 +121,12 @@ class Witness:
                 continue
             self._acknowledged[name, peer] = mark
             at, held, term = self._disks.get(peer, (epoch.place, (), 0))
-            if at == epoch.place and term <= epoch.group.term and index > 1 and list(held[:index]) != list(terms[:index]):
+            if (
+                at == epoch.place
+                and term <= epoch.group.term
+                and index > 1
+                and list(held[:index]) != list(terms[:index])
+            ):
                 raise Failed(f"{name}, leading {epoch.place}, thinks that {peer} holds {index} entries of its log")
 
     def _require_majority(self, index: int, term: int, name: str, member: Member) -> None:
