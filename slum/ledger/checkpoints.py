@@ -72,9 +72,9 @@ class Checkpoints:
             with closing(
                 sqlite3.connect(f"{self._path.absolute().as_uri()}?mode=rw", uri=True, isolation_level=None)
             ) as db:
-                schema.checkpoint(db)
-                # What a reader keeps from being copied would otherwise pile up, until a Seal's commit has to wait for all of it.
-                _sync(Path(f"{self._path}-wal"))
+                if not schema.checkpoint(db):
+                    # What a reader keeps from being copied would pile up, until a Seal's commit has to wait for all of it.
+                    _sync(Path(f"{self._path}-wal"))
         except sqlite3.Error as error:
             self._error = error
         finally:

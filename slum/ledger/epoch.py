@@ -72,6 +72,7 @@ class Epoch:
             transport=NoPeers() if self.wire is None else self.wire,
             on_entry=on_entry,
             timing=timing,
+            spares=tuple if self.wire is None else self.wire.spares,
         )
         if self.wire is not None:
             self.wire.attach(self.group)

@@ -15,7 +15,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import msgspec
@@ -156,6 +156,7 @@ def check_engine() -> None:
         (SyncObj.__init__, "_SyncObj__raftElectionDeadline"),
         (SyncObj.__init__, "createPoller"),
         (SyncObj._onTick, "_SyncObj__newAppendEntriesTime"),
+        (SyncObj._SyncObj__sendAppendEntries, "_SyncObj__connectedNodes"),
         (SyncObj._onTick, "_SyncObj__sendAppendEntries"),
         (SyncObj._onTick, "monotonicTime"),
         (SyncObj._onTick, "_SyncObj__raftElectionDeadline"),
@@ -210,11 +211,15 @@ class Group(SyncObj):  # type: ignore[misc]  # PySyncObj has no types
         transport: Transport,
         on_entry: Callable[[bytes], None],
         timing: Timing,
+        spares: Callable[[], Collection[str]] = tuple,
     ) -> None:
+        """*spares* is asked for whom new entries are not for now."""
         check_engine()
         self._on_entry = on_entry
+        self._spares = spares
         self._ended = False
         self._log = journal
+        self._SyncObj__connectedNodes: set[Node] = set()
         self._told = (0, 0)
         self._tell_at = math.inf
         forever = sys.maxsize
@@ -270,7 +275,7 @@ class Group(SyncObj):  # type: ignore[misc]  # PySyncObj has no types
         if self._SyncObj__newAppendEntriesTime != before:
             self._told, self._tell_at = (end, self.commit), math.inf
         if len(self._log) > self._told[0]:
-            self._tell()
+            self._tell(self._spares())
         elif self.commit > max(commit, self._told[1]):
             self._tell_at = min(self._tell_at, _now() + COMMIT_S)
 
@@ -278,6 +283,11 @@ class Group(SyncObj):  # type: ignore[misc]  # PySyncObj has no types
     def backlog(self) -> int:
         """How many entries are known to be committed and not applied yet."""
         return self.commit - int(self.raftLastApplied)
+
+    @property
+    def pending(self) -> int:
+        """How many entries of the log are not applied yet."""
+        return len(self._log) - int(self.raftLastApplied)
 
     @property
     def beats_at(self) -> float:
@@ -292,12 +302,28 @@ class Group(SyncObj):  # type: ignore[misc]  # PySyncObj has no types
 
     def tell(self, *, at_once: bool = False) -> None:
         """Tell the others what is committed, if that did not ride with new entries for a while, or *at_once*."""
-        if self._tell_at < math.inf and (at_once or _now() >= self._tell_at) and self.leads:
-            self._tell()
+        if self._tell_at < math.inf and (at_once or _now() >= self._tell_at):
+            self._tell(())
 
-    def _tell(self) -> None:
-        self._SyncObj__sendAppendEntries()
-        self._told, self._tell_at = (len(self._log), self.commit), math.inf
+    def _tell(self, spares: Collection[str]) -> None:
+        if self.leads:
+            connected = self._SyncObj__connectedNodes
+            self._send_to({node for node in connected if node.id not in spares} if spares else connected)
+            self._told, self._tell_at = (len(self._log), self.commit), math.inf
+
+    def send_missing(self) -> None:
+        """Send entries to those who have not been sent all."""
+        if self.leads:
+            end, sent = len(self._log), self._SyncObj__raftNextIndex
+            self._send_to({node for node in self._SyncObj__connectedNodes if sent[node] <= end})
+
+    def _send_to(self, nodes: set[Node]) -> None:
+        connected: set[Node] = self._SyncObj__connectedNodes
+        self._SyncObj__connectedNodes = nodes
+        try:
+            self._SyncObj__sendAppendEntries()
+        finally:
+            self._SyncObj__connectedNodes = connected
 
     def resign(self) -> None:
         """Stop leading, as PySyncObj does when its followers are silent; the term stays."""

@@ -1,75 +1,44 @@
-"""New entries for members whose word is not waited for: a little later, and several in one message.
+"""When members whose word is not waited for are sent new entries: a little later, and several in one message.
 
 A majority of three is the leader and one other. Sent to both at once, an entry makes the second as busy as the first, on the
 same disk or processor where members share one, for an acknowledgement that decides nothing. So the leader sends to as many as
-it needs, and to the others at most LATER_S after; whoever is needed and lags changes places with one that does not. To Raft
-it is a slow network: nothing is lost, doubled or overtaken, and who is behind gets what is missing as ever.
+it needs, and to the others at most LATER_S after. What those it needs have not acknowledged after LAG_S goes to all, and whoever
+lags changes places with one that does not (transport.py). To Raft it is a slow network: nothing is lost, doubled or overtaken,
+and who is behind gets what is missing as ever.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
-import msgspec
-
-from slum.ledger.peerwire import Append
-
-LATER_S = 0.005
+LATER_S = 0.02
+LAG_S = 0.005
 LATER_BYTES = 1 << 16
 """So much is not kept back: sending it as one message saves nothing any more."""
 
 
 class Later:
-    def __init__(self, send: Callable[[str, Append], None], clock: Callable[[], float]) -> None:
-        self._send = send
-        self._clock = clock
-        self._kept: dict[str, Append] = {}
-        self._bytes: dict[str, int] = {}
-        self.due_at = math.inf
-        """When something must be sent."""
+    """What the others are owed."""
 
-    def keep(self, peer: str, append: Append) -> None:
-        """Send *append*, behind what is kept for *peer* already, within LATER_S."""
-        joined = self._joined(peer, append)
-        size = self._bytes.get(peer, 0) + sum(len(entry[0]) for entry in append.entries)
-        if size >= LATER_BYTES:
-            self.send(peer, joined)
-            return
-        self._kept[peer], self._bytes[peer] = joined, size
-        self.due_at = min(self.due_at, self._clock() + LATER_S)
+    def __init__(self) -> None:
+        self.settle()
 
-    def send(self, peer: str, append: Append) -> None:
-        """Send *append* now, and before it what is kept for *peer*."""
-        joined = self._joined(peer, append)
-        self.forget(peer)
-        self._send(peer, joined)
+    def settle(self) -> None:
+        """They have been sent all."""
+        self._first_at = self._newest_at = math.inf
+        self._end = self._first_bytes = 0
 
-    def send_all(self) -> None:
-        """Send all that is kept."""
-        kept, self.due_at = self._kept, math.inf
-        self._kept, self._bytes = {}, {}
-        for peer, append in kept.items():
-            self._send(peer, append)
+    def owe(self, end: int, size_bytes: int, now: float) -> None:
+        """The newest of the log's *end* entries and *size_bytes* are kept back from now on."""
+        if self._first_at == math.inf:
+            self._first_at, self._first_bytes = now, size_bytes
+        self._newest_at, self._end = now, end
 
-    def forget(self, peer: str) -> None:
-        """*peer* is gone, or has just been sent all."""
-        self._kept.pop(peer, None)
-        self._bytes.pop(peer, None)
-        if not self._kept:
-            self.due_at = math.inf
+    def is_much(self, size_bytes: int) -> bool:
+        """Tell whether a log of *size_bytes* has grown too much since something is owed."""
+        return self._first_at < math.inf and size_bytes - self._first_bytes >= LATER_BYTES
 
-    def _joined(self, peer: str, append: Append) -> Append:
-        """Return what is kept for *peer* and *append* as one; what cannot be joined to it is sent by itself.
-
-        Both are of one log, so where they overlap they are the same.
-        """
-        kept = self._kept.get(peer)
-        if kept is None:
-            return append
-        held = append.prev_index - kept.prev_index
-        if append.term == kept.term and 0 <= held <= len(kept.entries):
-            return msgspec.structs.replace(kept, entries=kept.entries[:held] + append.entries, commit=append.commit)
-        self.forget(peer)
-        self._send(peer, kept)
-        return append
+    def due_at(self, commit: int) -> float:
+        """Return when they must be sent all, while *commit* entries are known to be committed; infinite when nothing is owed."""
+        due = self._first_at + LATER_S
+        return due if self._end <= commit else min(due, self._newest_at + LAG_S)

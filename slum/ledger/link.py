@@ -13,6 +13,8 @@ from collections import deque
 from slum.ledger.peerwire import Splitter
 
 READ_BYTES = 1 << 18
+RECORD_BYTES = 1 << 14
+"""The most that one TLS record carries, and one read returns: after less there is rarely more."""
 TURN_BYTES = 1 << 21
 """Read at most so much from one connection before looking at the others."""
 OUT_BYTES_MAX = 16 << 20
@@ -102,6 +104,8 @@ class Link:
             self.heard_at = now
             taken += len(data)
             self.splitter.feed(data)
+            if len(data) < RECORD_BYTES and not tls.pending():
+                return
         self.has_more = True
 
     def write(self, frame: bytes, now: float, *, may_drop: bool) -> bool:

@@ -97,6 +97,8 @@ class Offers:
 
     def begin_epoch(self) -> None:
         self._started_term = self._sealing_term = 0
+        self.offered: bytes | None = None
+        """The newest entry that was put into this epoch's log from here."""
         self._flight: tuple[str | None, int] = (None, 0)
 
     def settle_later(self, *, changed: bool, leaves: bool) -> None:
@@ -197,7 +199,8 @@ class Offers:
             member=self._member.epoch.me,
             at=self._world.now(),
         )
-        group.offer(_encode(Entry(header=header, proposals=proposals)), self._fate)
+        self.offered = _encode(Entry(header=header, proposals=proposals))
+        group.offer(self.offered, self._fate)
 
     def _due_seal(self) -> Seal | None:
         epoch, at = self._member.epoch, self._member.position

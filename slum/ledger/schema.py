@@ -136,7 +136,10 @@ class EpochRow(Frozen):
 
 
 _COLUMNS = tuple(name for name in Position.__struct_fields__ if name != "members")
-_WRITE_POSITION = f"INSERT OR REPLACE INTO ledger (id, {', '.join(_COLUMNS)}, own_hash) VALUES (1, {', '.join('?' * len(_COLUMNS))}, ?)"
+_WRITE_POSITION = (
+    f"INSERT OR REPLACE INTO ledger (id, {', '.join(_COLUMNS)}, own_hash)"
+    f" VALUES (1, {', '.join('?' * len(_COLUMNS))}, ?)"
+)
 
 
 def connect(path: Path) -> sqlite3.Connection:
@@ -154,13 +157,18 @@ def connect(path: Path) -> sqlite3.Connection:
     return db
 
 
-def checkpoint(db: sqlite3.Connection) -> None:
-    """Copy of the WAL what can be copied without waiting for anybody; raise sqlite3.Error when the disk fails."""
+def checkpoint(db: sqlite3.Connection) -> bool:
+    """Copy of the WAL what can be copied without waiting for anybody, and tell whether that was all.
+
+    Raises sqlite3.Error when the disk fails.
+    """
     try:
-        db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        _, pages, copied = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
     except sqlite3.Error as error:
         if error.sqlite_errorcode & 0xFF not in _LATER:
             raise
+        return False
+    return bool(pages == copied)
 
 
 def create_tables(db: sqlite3.Connection, protocol: int) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 
+from slum.errors import SlumError
 from slum.ledger import schema
 from slum.ledger.commands import (
     PROTOCOL,
@@ -68,6 +69,10 @@ class State:
         self.position = schema.read_position(db, str(path))
         self._committed = self.position
         """As it was when the open transaction began, and is in the file."""
+        self._written: Position | None = None
+        """The position that the open transaction has written last."""
+        self._foreseen: tuple[bytes, Applied] | None = None
+        """An entry that was applied in the open transaction, and nothing else in it; *position* is before it."""
 
     @classmethod
     def open(cls, path: Path, *, results_kept: int = RESULTS_KEPT, pages: bool = True) -> State:
@@ -121,19 +126,45 @@ class State:
     def commit(self) -> None:
         """Commit what was held."""
         self._holds = False
-        if self._db.in_transaction:
-            try:
+        try:
+            if self._settled.in_transaction:
                 self._commit()
-            except sqlite3.Error as error:
-                raise self.failed(error) from error
+        except sqlite3.Error as error:
+            raise self.failed(error) from error
+
+    def _begin(self) -> None:
+        self._committed, self._written = self.position, None
+        self._db.execute("BEGIN IMMEDIATE")
 
     def _commit(self) -> None:
-        self.write_position(self._committed)
+        if self._written is not self.position:
+            self.write_position(self._committed)
         self._db.execute("COMMIT")
 
     def write_position(self, was: Position) -> None:
         """Write where this is inside of the open transaction, which began at *was*."""
         schema.write_position(self._db, self.position, was)
+
+    def _take_foreseen(self, data: bytes) -> Applied | None:
+        """Return what was done when *data* was foreseen; undo what was done for another entry."""
+        foreseen, self._foreseen = self._foreseen, None
+        if foreseen is not None and foreseen[0] != data:
+            self._roll_back()
+            return None
+        return foreseen[1] if foreseen is not None else None
+
+    @property
+    def _settled(self) -> sqlite3.Connection:
+        """The database without what was only foreseen."""
+        if self._foreseen is not None:
+            self._foreseen = None
+            self._roll_back()
+        return self._db
+
+    def _roll_back(self) -> None:
+        # SQLite ends a transaction by itself after some errors.
+        if self._db.in_transaction:
+            self._db.execute("ROLLBACK")
 
     def checkpoint(self) -> None:
         """Copy the WAL into state.db as far as no reader holds it; commits what was held."""
@@ -144,12 +175,12 @@ class State:
             raise self.failed(error) from error
 
     def _set_sync(self, full: bool) -> None:
-        self._db.execute(f"PRAGMA synchronous={'FULL' if full else 'NORMAL'}").close()
+        self._settled.execute(f"PRAGMA synchronous={'FULL' if full else 'NORMAL'}").close()
 
     def is_replay_of(self, entries: Iterable[bytes]) -> str:
         """Return "" when *entries*, those of this epoch's journal, lead to this state, else why they do not."""
         position = self.position
-        answers = self._db.execute("SELECT number, results_hash FROM entries ORDER BY number")
+        answers = self._settled.execute("SELECT number, results_hash FROM entries ORDER BY number")
         chain, number = replayed_chain(self.epochs(1)[0].chain0, entries, answers)
         if number != position.applied:
             return f"state.db has applied {position.applied} entries of this epoch, the journal accounts for {number}"
@@ -158,16 +189,16 @@ class State:
         return ""
 
     def epochs(self, count: int) -> tuple[EpochRow, ...]:
-        return schema.last_epochs(self._db, count)
+        return schema.last_epochs(self._settled, count)
 
     def history(self) -> dict[tuple[int, int], str]:
         """Return the chain before each epoch, by (generation, epoch)."""
-        rows = self._db.execute("SELECT generation, epoch, chain0 FROM epochs")
+        rows = self._settled.execute("SELECT generation, epoch, chain0 FROM epochs")
         return {(generation, epoch): chain0 for generation, epoch, chain0 in rows}
 
     def results_hash(self, number: int) -> bytes:
         """Return the hash of the results of entry *number* of this epoch."""
-        row = self._db.execute("SELECT results_hash FROM entries WHERE number = ?", (number,)).fetchone()
+        row = self._settled.execute("SELECT results_hash FROM entries WHERE number = ?", (number,)).fetchone()
         if row is None:
             raise Damaged(f"{self._path}: entry {number} of this epoch has no results on record", hint=RESTORE)
         found: bytes = row[0]
@@ -180,27 +211,45 @@ class State:
 
     def newest_event_at(self) -> float:
         """Return the time of the newest event (unix seconds)."""
-        (at,) = self._db.execute("SELECT at FROM events ORDER BY number DESC LIMIT 1").fetchone()
+        (at,) = self._settled.execute("SELECT at FROM events ORDER BY number DESC LIMIT 1").fetchone()
         return float(at)
 
     def fleet_bytes(self) -> int:
         """Return the packed size of the newest fleet."""
-        row = self._db.execute("SELECT length(fleet) FROM revisions ORDER BY revision DESC LIMIT 1").fetchone()
+        row = self._settled.execute("SELECT length(fleet) FROM revisions ORDER BY revision DESC LIMIT 1").fetchone()
         return row[0] if row else 0
+
+    def foresee(self, data: bytes) -> None:
+        """Do all that apply(*data*) will do but its commit: for a leader that waits for others to have the entry too.
+
+        Nobody sees it, and anything but that apply() undoes it first. What goes wrong here is for apply() to find.
+        """
+        entry = _entry(data, self.position.seq + 1)
+        if self._db.in_transaction or _may_seal(entry):
+            return
+        try:
+            self._begin()
+            applied = self._apply(entry, data)
+            schema.write_position(self._db, applied.position, self._committed)
+        except (sqlite3.Error, SlumError):
+            self._roll_back()
+        else:
+            self._foreseen, self._written = (data, applied), applied.position
 
     def apply(self, data: bytes, before_commit: Callable[[Applied], None] | None = None) -> Applied:
         """Apply one entry and commit. *before_commit* runs inside the transaction, when all is known but not durable."""
-        entry = _entry(data, self.position.seq + 1)
-        db = self._db
-        seals = _may_seal(entry)
+        seals = False
         try:
-            if seals:
-                self.commit()
-                self._set_sync(True)
-            if not db.in_transaction:
-                self._committed = self.position
-                db.execute("BEGIN IMMEDIATE")
-            applied = self._apply(entry, data)
+            applied = self._take_foreseen(data)
+            if applied is None:
+                entry = _entry(data, self.position.seq + 1)
+                seals = _may_seal(entry)
+                if seals:
+                    self.commit()
+                    self._set_sync(True)
+                if not self._db.in_transaction:
+                    self._begin()
+                applied = self._apply(entry, data)
             if before_commit is not None:
                 before_commit(applied)
             self.position = applied.position
@@ -226,7 +275,7 @@ class State:
     def check_events(self) -> None:
         """Check every event's hash; raise Damaged. Takes 1.5 s for a million."""
         position = self.position
-        _, why = first_bad(self._db, position.cluster_id, position.events, position.events_hash)
+        _, why = first_bad(self._settled, position.cluster_id, position.events, position.events_hash)
         if why:
             raise Damaged(f"{self._path}: {why}", hint=RESTORE)
 
@@ -248,7 +297,7 @@ class State:
         changes more rows in the same transaction, and says so in events.
         """
         was = self.position
-        self._db.execute("BEGIN IMMEDIATE")
+        self._settled.execute("BEGIN IMMEDIATE")
         events = EventWriter(self._db, number=was.events, head=was.events_hash, seq=was.seq, at=at)
         events.add(
             "generation_began",

@@ -72,8 +72,9 @@ class Wire(Transport):  # type: ignore[misc]  # PySyncObj has no types
         self._fitted: Fitted | None = None
         self._feeding = False
         self._votes: tuple[int, set[str]] = (0, set())
-        self._acknowledged: dict[str, int] = {}
-        self._later = Later(post, clock)
+        self._acknowledged: dict[str, tuple[int, int]] = {}
+        """(index, term) of the newest entry that each has said to hold."""
+        self._later = Later()
         # As they stand for election when the leader is gone: whoever comes first then lacks nothing.
         self._preferred = sorted(peers)
         self.told: tuple[float, int] | None = None
@@ -103,15 +104,20 @@ class Wire(Transport):  # type: ignore[misc]  # PySyncObj has no types
     def down(self, peer: str) -> None:
         if peer in self._up:
             self._up.discard(peer)
-            self._later.forget(peer)
             if self.group.leader == peer:
                 others = sorted({self.group.selfNode.id, *self._nodes} - {peer})
                 self._election.lost_leader(peer, self._clock(), others.index(self.group.selfNode.id))
             self._onNodeDisconnected(self._nodes[peer])
 
     def acknowledged(self, peer: str) -> int:
-        """Return the highest committed index that *peer* has said to hold in this epoch."""
-        return min(self._acknowledged.get(peer, 0), self.group.commit)
+        """Return the highest committed index that *peer* has said to us, its leader, to hold in this epoch."""
+        return min(self._held(peer), self.group.commit)
+
+    def _held(self, peer: str) -> int:
+        index, term = self._acknowledged.get(peer, (0, 0))
+        # A later leader may have replaced what was not committed, in its log and in ours.
+        is_ours = 0 < index <= len(self._journal) and self._journal.term_of(index) == term
+        return index if is_ours else 0
 
     # --- out ---------------------------------------------------------------------------------------------------------
 
@@ -122,31 +128,35 @@ class Wire(Transport):  # type: ignore[misc]  # PySyncObj has no types
             return False
         if not isinstance(translated, Append) or self._journal.promises:
             self._journal.sync()
-        if not isinstance(translated, Append):
-            self._post(node.id, translated)
-        elif translated.entries and self._is_spare(node.id):
-            self._later.keep(node.id, translated)
-        else:
-            self._later.send(node.id, translated)
+        self._post(node.id, translated)
         return True
+
+    def spares(self) -> Collection[str]:
+        """Return whom the newest entries are not sent now: a majority will have them without, as far as we know.
+
+        Who is needed stays so until it lags.
+        """
+        group, size_bytes = self.group, self._journal.size_bytes
+        self._preferred.sort(key=lambda name: name not in self._up or group.acknowledged(name) < group.commit)
+        found = self._preferred[(len(self._nodes) + 1) // 2 :]
+        if self._later.is_much(size_bytes):
+            found = []
+        if found:
+            self._later.owe(len(self._journal), size_bytes, self._clock())
+        else:
+            self._later.settle()
+        return found
 
     @property
     def due_at(self) -> float:
         """When tick() has something to send."""
-        return self._later.due_at
+        return self._later.due_at(self.group.commit)
 
     def tick(self) -> None:
-        """Send what has waited long enough."""
-        if self._clock() >= self._later.due_at:
-            if self._journal.promises:
-                self._journal.sync()
-            self._later.send_all()
-
-    def _is_spare(self, peer: str) -> bool:
-        """Tell whether a majority will have new entries without *peer*, as far as we know. The preferred stay so until they lag."""
-        group = self.group
-        self._preferred.sort(key=lambda name: name not in self._up or group.acknowledged(name) < group.commit)
-        return self._preferred.index(peer) >= (len(self._nodes) + 1) // 2
+        """Let the spares have what has waited long enough."""
+        if self._clock() >= self.due_at:
+            self._later.settle()
+            self.group.send_missing()
 
     def _translate(self, message: dict[str, Any]) -> Raft | None:
         term = self.group.term
@@ -270,7 +280,8 @@ class Wire(Transport):  # type: ignore[misc]  # PySyncObj has no types
             return
         sent = self.group.next_of(peer)
         if message.success:
-            self._acknowledged[peer] = max(self._acknowledged.get(peer, 0), message.next - 1)
+            index = max(self._held(peer), message.next - 1)
+            self._acknowledged[peer] = (index, self._journal.term_of(index))
         self._onMessageReceived(
             self._nodes[peer],
             {

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from simulation.mutations import ALL, Mutation
 from simulation.schedule import run_one
+from simulation.witness import Failed
 
 PROGRESS = 1000
 
@@ -98,9 +99,7 @@ def _until_noticed(folder: Path, without: Mutation, first: int, troubles: int) -
                 strays=without.strays,
                 kinds=without.kinds,
             )
-        except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
-                raise
+        except Failed as error:
             print(f"{without.name}: noticed in schedule {number + 1} (seed {seed}): {type(error).__name__}: {error}")
             return 0
     print(f"{without.name}: NOT NOTICED in {without.schedules} schedules from seed {first}: {without.protection}")

@@ -163,6 +163,14 @@ def _answers_of_any_term() -> None:
     _replace(Wire, "take", taken)
 
 
+def _foreseen_anyway() -> None:
+    def take(self: state.State, data: bytes) -> state.Applied | None:
+        foreseen, self._foreseen = self._foreseen, None
+        return foreseen[1] if foreseen is not None else None
+
+    _replace(state.State, "_take_foreseen", take)
+
+
 def _stale_headers() -> None:
     _replace(state, "is_stale", lambda entry, position: False)
 
@@ -220,6 +228,7 @@ ALL = (
         kinds=("relapse",),
     ),
     Mutation("stale-headers", "headers of an older leader take no effect", _stale_headers, 100),
+    Mutation("foreseen", "only the entry that was foreseen is taken for done", _foreseen_anyway, 100),
     Mutation("overlap", "what is held is not cut and added again", _overlap_cut, 100),
     Mutation("pre-vote", "ask before standing for election", _no_pre_vote, 100),
 )
