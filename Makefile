@@ -34,7 +34,7 @@ test-long: $(VENV)/.dev  ## the tests that take minutes: whole paths with many r
 	$(VENV)/bin/pytest -m long $(PYTEST_ARGS)
 
 simulate: $(VENV)/.dev  ## the ledger under a simulated network, disk and clock: N=schedules SEED=first
-	$(PY) -m tests.simulation --count $(or $(N),1000) --seed $(or $(SEED),1)
+	$(PY) -m tests.simulation --count $(or $(N),1000) --seed $(or $(SEED),1) --jobs $$(nproc)
 
 simulate-mutations: $(VENV)/.dev  ## switch each protection of the ledger off, and see that the simulation notices: SEED=first
 	$(PY) -m tests.simulation.mutate --seed $(or $(SEED),1)

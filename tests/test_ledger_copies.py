@@ -46,12 +46,10 @@ def carried(out: Outgoing, home: Path, carry: Callable[[Part], list[Part]]) -> P
         assert len(under_way) <= 2 * AHEAD
         wanted = under_way.pop(0)
         for part in carry(out.part(wanted)):
-            if part.offset != incoming.size:
-                continue
-            path = incoming.take(part)
-            if path is not None:
-                return path
-            under_way += incoming.next()
+            taken = incoming.take(part)
+            if isinstance(taken, Path):
+                return taken
+            under_way += taken or ()
     return None
 
 
@@ -74,10 +72,22 @@ def test_the_first_tells_how_many_may_be_under_way(out: Outgoing, tmp_path: Path
     (tmp_path / "in").mkdir()
     incoming = Incoming(tmp_path / "in")
     (first,) = incoming.wanted()
-    incoming.take(out.part(first))
-    assert [wanted.offset for wanted in incoming.next()] == [PART_BYTES, 2 * PART_BYTES]
-    assert incoming.next() == []
+    more = incoming.take(out.part(first))
+    assert isinstance(more, list)
+    assert [wanted.offset for wanted in more] == [PART_BYTES, 2 * PART_BYTES]
+    assert incoming.take(out.part(first)) == [], "it came twice"
     assert [wanted.offset for wanted in incoming.wanted()] == [PART_BYTES, 2 * PART_BYTES], "asked again from there"
+
+
+def test_another_copy_is_asked_for_from_its_beginning(out: Outgoing, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    incoming = Incoming(tmp_path / "in")
+    (first,) = incoming.wanted()
+    part = out.part(first)
+    assert incoming.take(msgspec.structs.replace(part, name="")) is None, "none is there yet"
+    incoming.take(part)
+    assert incoming.take(msgspec.structs.replace(part, name="other", offset=PART_BYTES)) is None
+    assert incoming.wanted() == [first]
 
 
 def test_parts_that_are_lost_or_doubled_do_no_harm(out: Outgoing, tmp_path: Path, seed: int) -> None:

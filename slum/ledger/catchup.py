@@ -163,18 +163,15 @@ class CatchUp:
             self._ask_at = self._clock() + POLL_S
 
     def _take_part(self, part: Part) -> None:
-        if not part.name or (self._incoming.name and part.name != self._incoming.name):
-            self._incoming.reset()
+        taken = self._incoming.take(part)
+        if taken is None:
             self._unanswered = False
             self._ask_at = self._clock() + POLL_S
             return
-        if part.offset != self._incoming.size:
-            return  # asked for twice
-        path = self._incoming.take(part)
-        if path is None:
-            self._ask_for(*self._incoming.next())
+        if not isinstance(taken, Path):
+            self._ask_for(*taken)
             return
         source = self._source
-        adopted = self._follower.adopt(path)
+        adopted = self._follower.adopt(taken)
         self._note("copy_was_taken" if adopted else "copy_was_refused", peer=source, bytes=part.size)
         self.begin_epoch()

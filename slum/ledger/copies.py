@@ -105,21 +105,18 @@ class Incoming:
         if not self.name:
             return [WantCopy(name="", offset=0)]
         self._asked = self.size
-        return self.next()
+        return self._more()
 
-    def next(self) -> list[WantCopy]:
-        """Return what more to ask for, after a part was taken."""
-        if not self.name:
-            return self.wanted()
-        end = min(self._total, self.size + AHEAD * self._step)
-        starts = range(max(self._asked, self.size), end, self._step)
-        self._asked = starts[-1] + self._step if starts else self._asked
-        return [WantCopy(name=self.name, offset=offset) for offset in starts]
+    def take(self, part: Part) -> Path | list[WantCopy] | None:
+        """Add *part*, and return what more to ask for, or the path of the copy once it is whole, durable, and its digest right.
 
-    def take(self, part: Part) -> Path | None:
-        """Add *part*; return the path of the copy once it is whole, durable, and its digest is right."""
-        if part.offset != self.size:
+        None: there is no copy at the other side yet, or it is another one by now, to be asked for from the beginning.
+        """
+        if not part.name or (self.name and part.name != self.name):
+            self.reset()
             return None
+        if part.offset != self.size:
+            return []  # asked for twice
         if self._file < 0:
             folder.remove_state_file(self._path)
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -128,7 +125,7 @@ class Incoming:
         self._digest.update(part.data)
         self.size += len(part.data)
         if self.size < part.size and part.data:
-            return None
+            return self._more()
         os.fsync(self._file)
         right = self._digest.hexdigest() == part.sha256
         os.close(self._file)
@@ -136,7 +133,13 @@ class Incoming:
         if right:
             return self._path
         self.reset()
-        return None
+        return self.wanted()
+
+    def _more(self) -> list[WantCopy]:
+        end = min(self._total, self.size + AHEAD * self._step)
+        starts = range(max(self._asked, self.size), end, self._step)
+        self._asked = starts[-1] + self._step if starts else self._asked
+        return [WantCopy(name=self.name, offset=offset) for offset in starts]
 
     def reset(self) -> None:
         """Forget what was collected."""

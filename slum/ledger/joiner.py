@@ -85,7 +85,7 @@ class Joiner:
                         return True
         now = self._clock()
         if self._up and now - self._asked_at > ASK_AGAIN_S:
-            self._ask()
+            self._ask_for(self._incoming.wanted())
         if now - self._pinged_at > PING_S:
             self._pinged_at = now
             for peer in self._up:
@@ -97,30 +97,22 @@ class Joiner:
         self._incoming.reset()
         self._net.set_members((), self._hello, ())
 
-    def _ask(self) -> None:
-        self._ask_for(self._incoming.wanted())
-
     def _ask_for(self, wanted: Iterable[WantCopy]) -> None:
         self._asked_at = self._clock()
         for message in wanted:
             self._net.send(self._up[0], message)
 
     def _take(self, part: Part) -> bool:
-        if not part.name or (self._incoming.name and part.name != self._incoming.name):
-            self._incoming.reset()
+        taken = self._incoming.take(part)
+        if not isinstance(taken, Path):
+            self._ask_for(taken or ())
             return False
-        if part.offset != self._incoming.size:
-            return False  # asked for twice
-        path = self._incoming.take(part)
-        if path is None:
-            self._ask_for(self._incoming.next())
-            return False
-        state = State.open(path)
+        state = State.open(taken)
         cluster = state.position.cluster_id
         state.close()
         if cluster != self._join.cluster:
             raise Refusal(f"{self._up[0]} sent a ledger of cluster {cluster}", hint="join with a new token")
-        adopt(self._home, path, self._config).close()
+        adopt(self._home, taken, self._config).close()
         return True
 
     def _hello(self) -> Hello:

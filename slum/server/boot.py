@@ -37,6 +37,7 @@ FRONT = "front"
 BACKUP = {"backup": "slum.backup.process"}
 """Started where there is a server.toml, which may ask for it."""
 UP_S = 30.0
+ENDS = 3
 LAST_BYTES = 16 << 10
 
 
@@ -162,14 +163,20 @@ class _Connection(http.client.HTTPConnection):
 def wait_for_api(home: Home, timeout_s: float = UP_S) -> None:
     """Return when the API answers; Unreachable, with the last that was logged, when it does not in time.
 
-    The Refusal of a member that must not serve any more is raised at once.
+    The Refusal of a member that must not serve any more is raised at once, and a ledger that ends again and again for one
+    reason is not waited for.
     """
     end = time.monotonic() + timeout_s
+    log = home.own_log("ledger")
+    since = log.stat().st_size if log.is_file() else 0
     while not is_ready(home):
         if (home.state / MARK).exists():
             from slum.ledger import fence  # only then: it brings the engine with it
 
             fence.check(home.state)
+        ends = _ends(log, since)
+        if len(ends) >= ENDS and len(set(ends[-ENDS:])) == 1:
+            raise Unreachable(f"the ledger ends again and again: {ends[-1][0]}", hint=ends[-1][1])
         if time.monotonic() > end:
             words, hint = _last_words(home)
             raise Unreachable(
@@ -184,16 +191,32 @@ def _last_words(home: Home) -> tuple[str, str]:
     """Return what ledger and server said last, and what to do next: an error if one of them ended with it, else the newest line."""
     logs = [path for name in ("ledger", "server") if (path := home.own_log(name)).is_file()]
     logs.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    last = [line for path in logs for line in _tail(path)[-1:]]
+    last = [line for path in logs for line in _lines(path, max(0, path.stat().st_size - LAST_BYTES))[-1:]]
     for line in last:
-        try:
-            said = msgspec.json.decode(line.partition(" ")[2], type=dict[str, object])
-        except msgspec.DecodeError:
-            continue
-        if "error" in said:
-            return str(said["error"]), str(said.get("hint", ""))
+        error = _error(line)
+        if error is not None:
+            return error
     return (last[0] if last else "nothing"), ""
 
 
-def _tail(path: Path) -> list[str]:
-    return path.read_bytes()[-LAST_BYTES:].decode("utf-8", "replace").splitlines()
+def _ends(log: Path, since: int) -> list[tuple[str, str]]:
+    """Return the errors with which the ledger has ended, and what to do next, in what *log* has beyond *since*."""
+    if not log.is_file() or log.stat().st_size <= since:
+        return []
+    found = (_error(line) for line in _lines(log, since))
+    return [error for error in found if error is not None]
+
+
+def _error(line: str) -> tuple[str, str] | None:
+    """Return the error that *line* of a log tells of, and what to do next."""
+    try:
+        said = msgspec.json.decode(line.partition(" ")[2], type=dict[str, object])
+    except msgspec.DecodeError:
+        return None
+    return (str(said["error"]), str(said.get("hint", ""))) if "error" in said else None
+
+
+def _lines(path: Path, at: int) -> list[str]:
+    with path.open("rb") as file:
+        file.seek(at)
+        return file.read(LAST_BYTES).decode("utf-8", "replace").splitlines()
