@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from slum.errors import SlumError
+from slum.ledger.applying import Applied
 from slum.ledger.commands import (
     AnyCommand,
     Done,
@@ -38,7 +39,7 @@ from slum.ledger.events import first_hash
 from slum.ledger.member import Member as RunningMember
 from slum.ledger.opening import opened
 from slum.ledger.schema import Position
-from slum.ledger.state import Applied, State, bootstrap
+from slum.ledger.state import State, bootstrap
 from slum.ledger.world import Config
 from slum.model import Fleet, LocalOperator, Service, Tenement
 from slum.paths import Home

@@ -9,10 +9,10 @@ import msgspec
 import pytest
 from ledger_support import Scribe, desired, fleet, new_state, note, proposal, service
 
+from slum.ledger.applying import Applied
 from slum.ledger.commands import PROTOCOL, AnyCommand, Entry, Header, Seal, SetProtocol
 from slum.ledger.perform import StateFailed
 from slum.ledger.reader import Reader
-from slum.ledger.state import Applied
 
 
 class Foreseen:

@@ -16,10 +16,10 @@ from contextlib import closing
 from pathlib import Path
 
 from slum.ledger import folder, frames, schema
+from slum.ledger.applying import replayed_chain
 from slum.ledger.group import command_entry
 from slum.ledger.refusal import Damaged, Refusal
 from slum.ledger.schema import EpochRow, Position
-from slum.ledger.state import replayed_chain
 
 CHUNK_BYTES = 1 << 20
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from slum.errors import InvariantError
 from slum.ledger import disk, fence, folder, identity, journal, replay, sealing
 from slum.ledger.adopt import adopt, is_our_future, who
+from slum.ledger.applying import Applied
 from slum.ledger.beginning import Note
 from slum.ledger.catchup import CatchUp
 from slum.ledger.changes import Change, Changes, Told
@@ -34,7 +35,7 @@ from slum.ledger.proposer import Answer, Proposer, Take
 from slum.ledger.relay import Relays
 from slum.ledger.rows import Rows
 from slum.ledger.schema import EpochRow, Position
-from slum.ledger.state import Applied, State
+from slum.ledger.state import State
 from slum.ledger.status import LedgerStatus, Sight, report
 from slum.ledger.watch import Watch
 from slum.ledger.world import Config, World

@@ -27,13 +27,14 @@ from slum.errors import SlumError
 from slum.frozen import Frozen
 from slum.ledger import fence, folder, journal, replay
 from slum.ledger.adopt import who
+from slum.ledger.applying import Applied
 from slum.ledger.commands import PROTOCOL, Member
 from slum.ledger.group import command_entry
 from slum.ledger.peerwire import VERSION, Hello
 from slum.ledger.reach import hellos
 from slum.ledger.refusal import RESTORE, Refusal
 from slum.ledger.schema import EpochRow, Position
-from slum.ledger.state import Applied, State
+from slum.ledger.state import State
 from slum.ledger.world import Config
 
 REACH_S = 5.0

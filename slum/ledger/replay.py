@@ -17,12 +17,13 @@ import msgspec
 from slum.errors import InvariantError
 from slum.frozen import Frozen
 from slum.ledger import folder, journal
+from slum.ledger.applying import next_chain
 from slum.ledger.beginning import Note
 from slum.ledger.group import command_entry
 from slum.ledger.peerwire import Place
 from slum.ledger.refusal import Damaged
 from slum.ledger.schema import EpochRow
-from slum.ledger.state import State, next_chain
+from slum.ledger.state import State
 
 _COPIED = "copied.json"
 

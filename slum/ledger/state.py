@@ -1,9 +1,7 @@
-"""state.db as a deterministic state machine: apply(entry) is one transaction, and the same bytes on every member.
+"""state.db and its transactions: apply(entry) is one, several together when they are held, or one that was foreseen.
 
-Time, ids and randomness come from the entry; a command that cannot be applied yields a Rejected, which is a result like
-any other. Each transaction also moves the ledger row: *seq* by one, *chain* by the entry and its results, so that members
-that disagree about an outcome find out. Only a disk that fails, or an entry of a newer slum, raises: then the process must
-end, for going on would diverge.
+What an entry does is applying.py's business; here is when it is begun, seen by others, and durable. Only a disk that fails, or an
+entry of a newer slum, raises: then the process must end, for going on would diverge.
 """
 
 from __future__ import annotations
@@ -11,50 +9,21 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from slum.errors import SlumError
 from slum.ledger import schema
+from slum.ledger.applying import Applied, apply_entry, may_seal, read_entry, replayed_chain
 from slum.ledger.commands import (
-    PROTOCOL,
     RESULTS_KEPT,
-    AnyCommand,
-    Barrier,
-    Entry,
-    LeaderStarted,
     Member,
-    Proposal,
-    Result,
-    Seal,
 )
 from slum.ledger.events import PAUSED, RECONCILE, EventWriter, first_bad
-from slum.ledger.perform import StateFailed, perform, seal, start_leader
+from slum.ledger.perform import StateFailed
 from slum.ledger.refusal import RESTORE, Damaged, Refusal
-from slum.ledger.results import RequestId, ResultBook, parse_request_id
 from slum.ledger.schema import EpochRow, Position
-from slum.ledger.turn import Turn
-
-_INPUT_ERRORS = (ArithmeticError, LookupError, TypeError, ValueError, AttributeError, sqlite3.IntegrityError)
-"""What a strange command can cause, the same on every member; any other error is the machine's and ends the process."""
-
-_decode_entry = msgspec.msgpack.Decoder(Entry).decode
-_encode = msgspec.msgpack.Encoder().encode
-
-
-@dataclass(frozen=True, slots=True)
-class Applied:
-    """What one entry did. *results* are in the order of its proposals."""
-
-    position: Position
-    proposals: tuple[Proposal, ...]
-    results: tuple[Result, ...]
-    stale: bool
-    """The header was an older leader's: nothing was done, no request id was used up."""
-    sealed: EpochRow | None
-    """The next epoch, when this was a Seal."""
 
 
 class State:
@@ -224,12 +193,12 @@ class State:
 
         Nobody sees it, and anything but that apply() undoes it first. What goes wrong here is for apply() to find.
         """
-        entry = _entry(data, self.position.seq + 1)
-        if self._db.in_transaction or _may_seal(entry):
+        entry = read_entry(data, self.position.seq + 1)
+        if self._db.in_transaction or may_seal(entry):
             return
         try:
             self._begin()
-            applied = self._apply(entry, data)
+            applied = apply_entry(self._db, self.position, entry, data, self._results_kept)
             schema.write_position(self._db, applied.position, self._committed)
         except (sqlite3.Error, SlumError):
             self._roll_back()
@@ -242,14 +211,14 @@ class State:
         try:
             applied = self._take_foreseen(data)
             if applied is None:
-                entry = _entry(data, self.position.seq + 1)
-                seals = _may_seal(entry)
+                entry = read_entry(data, self.position.seq + 1)
+                seals = may_seal(entry)
                 if seals:
                     self.commit()
                     self._set_sync(True)
                 if not self._db.in_transaction:
                     self._begin()
-                applied = self._apply(entry, data)
+                applied = apply_entry(self._db, self.position, entry, data, self._results_kept)
             if before_commit is not None:
                 before_commit(applied)
             self.position = applied.position
@@ -270,7 +239,8 @@ class State:
 
     def apply_within(self, data: bytes) -> Applied:
         """Apply one entry inside the transaction of the caller, who sets *position*, and writes it before the end."""
-        return self._apply(_entry(data, self.position.seq + 1), data)
+        entry = read_entry(data, self.position.seq + 1)
+        return apply_entry(self._db, self.position, entry, data, self._results_kept)
 
     def check_events(self) -> None:
         """Check every event's hash; raise Damaged. Takes 1.5 s for a million."""
@@ -333,88 +303,6 @@ class State:
         self.position = position
         return position
 
-    def _apply(self, entry: Entry, data: bytes) -> Applied:
-        """Apply *entry*: first as one whole, and when some command of it turns out to make no sense, one by one."""
-        self._db.execute("SAVEPOINT entry")
-        try:
-            applied = self._applied(entry, data, one_by_one=False)
-        except _INPUT_ERRORS:
-            self._db.execute("ROLLBACK TO entry")
-            applied = self._applied(entry, data, one_by_one=True)
-        self._db.execute("RELEASE entry")
-        return applied
-
-    def _applied(self, entry: Entry, data: bytes, *, one_by_one: bool) -> Applied:
-        was = self.position
-        seq = was.seq + 1
-        events = EventWriter(self._db, number=was.events, head=was.events_hash, seq=seq, at=entry.header.at)
-        turn = Turn(
-            db=self._db,
-            header=entry.header,
-            seq=seq,
-            events=events,
-            revision=was.revision,
-            leader=was.leader,
-            protocol=was.protocol,
-            members=was.members,
-        )
-        stale = is_stale(entry, was)
-        requests = [parse_request_id(proposal.request_id) for proposal in entry.proposals]
-        book = ResultBook(self._db, was.results, was.results_floor, [made.key for made in requests if made])
-        perform_one = self._attempt if one_by_one else perform
-        results: list[Result] = []
-        for proposal, request in zip(entry.proposals, requests, strict=True):
-            if stale:
-                results.append(turn.rejected("stale", "its leader had been replaced"))
-            elif isinstance(proposal.command, Barrier | LeaderStarted | Seal):
-                results.append(_own(turn, proposal, alone=len(entry.proposals) == 1))
-            else:
-                results.append(_answer(turn, proposal, request, book, perform_one))
-        turn.events.flush()
-        book.flush(self._results_kept)
-        results_hash = hashlib.sha256(_encode(results)).digest()
-        chain = next_chain(was.chain, data, results_hash)
-        position = msgspec.structs.replace(
-            was,
-            term=entry.header.term if not stale else was.term,
-            applied=was.applied + 1,
-            seq=seq,
-            chain=chain,
-            leader=turn.leader,
-            protocol=turn.protocol,
-            revision=turn.revision,
-            events=events.number,
-            events_hash=events.head,
-            results=book.number,
-            results_floor=book.floor,
-        )
-        epoch = None
-        if turn.sealed:
-            epoch = schema.new_epoch(position, was.epoch + 1)
-            position = msgspec.structs.replace(position, epoch=epoch.epoch, term=0, applied=0, members=turn.members)
-            schema.write_epoch(self._db, epoch)
-            self._db.execute("DELETE FROM entries")
-        else:
-            self._db.execute("INSERT INTO entries VALUES (?, ?)", (position.applied, results_hash))
-        return Applied(position, entry.proposals, tuple(results), stale, epoch)
-
-    def _attempt(self, turn: Turn, command: AnyCommand) -> Result:
-        """Apply *command*, undoing all of it when it turns out to make no sense."""
-        turn.events.flush()
-        before = (turn.revision, turn.protocol)
-        number, head = turn.events.number, turn.events.head
-        turn.db.execute("SAVEPOINT attempt")
-        try:
-            result = perform(turn, command)
-            turn.events.flush()
-        except _INPUT_ERRORS as error:
-            turn.db.execute("ROLLBACK TO attempt")
-            turn.events.forget(number, head)
-            turn.revision, turn.protocol = before
-            result = turn.rejected("invalid", f"{type(command).__name__} cannot be applied: {type(error).__name__}")
-        turn.db.execute("RELEASE attempt")
-        return result
-
     def _check_heads(self) -> None:
         """Compare cheap things that a flipped bit or a mixed-up file would break; raise Damaged."""
         position = self.position
@@ -443,85 +331,3 @@ def bootstrap(path: Path, position: Position, *, actor: str, at: float) -> None:
         db.execute("COMMIT")
     finally:
         db.close()
-
-
-def _own(turn: Turn, proposal: Proposal, *, alone: bool) -> Result:
-    """Apply a command of the ledger itself, which has no request id."""
-    turn.actor = proposal.actor
-    match proposal.command:
-        case LeaderStarted() as command if alone:
-            return start_leader(turn, command)
-        case Seal() as command if alone:
-            return seal(turn, command)
-        case Barrier():
-            return turn.done()
-        case _:
-            return turn.rejected("invalid", "this command stands alone in its entry")
-
-
-def _answer(
-    turn: Turn,
-    proposal: Proposal,
-    request: RequestId | None,
-    book: ResultBook,
-    perform_one: Callable[[Turn, AnyCommand], Result],
-) -> Result:
-    """Return the first answer to this request id, or apply the command and keep its answer."""
-    turn.actor = proposal.actor
-    if request is None:
-        return turn.rejected("invalid", f"{proposal.request_id[:80]!r} is not a request id")
-    first = book.find(request.key)
-    if first is not None:
-        return first
-    if request.seen < book.floor:
-        return turn.rejected(
-            "too_old", f"the request was made at sequence {request.seen}, answers are kept from {book.floor} on"
-        )
-    if request.seen >= turn.seq:
-        return turn.rejected("invalid", f"the request claims to have seen sequence {request.seen}, this is {turn.seq}")
-    result = perform_one(turn, proposal.command)
-    book.keep(request.key, turn.seq, result)
-    return result
-
-
-def _may_seal(entry: Entry) -> bool:
-    return any(isinstance(proposal.command, Seal) for proposal in entry.proposals)
-
-
-def _entry(data: bytes, seq: int) -> Entry:
-    try:
-        return _decode_entry(data)
-    except msgspec.MsgspecError as error:
-        raise StateFailed(
-            f"entry {seq} cannot be read: {error}",
-            hint=f"it is of a newer protocol than {PROTOCOL}; install the version of slum that the other members run",
-        ) from error
-
-
-def is_stale(entry: Entry, position: Position) -> bool:
-    """Tell whether *entry*'s header is not the one that may write now.
-
-    The current leader's header equals the position's; a new leader's first entry, LeaderStarted, comes with a higher term.
-    """
-    fence = (entry.header.generation, entry.header.epoch, entry.header.term)
-    if len(entry.proposals) == 1 and isinstance(entry.proposals[0].command, LeaderStarted):
-        return fence[:2] != position.fence[:2] or fence[2] <= position.term
-    return fence != position.fence
-
-
-def next_chain(chain: str, entry: bytes, results_hash: bytes) -> str:
-    return hashlib.sha256(chain.encode() + hashlib.sha256(entry).digest() + results_hash).hexdigest()
-
-
-def replayed_chain(chain0: str, entries: Iterable[bytes], answers: Iterable[tuple[int, bytes]]) -> tuple[str, int]:
-    """Return the chain after as many of an epoch's first *entries* as have *answers* on record, and how many these are.
-
-    *answers* are (number from 1, hash of the results), in order.
-    """
-    chain, number = chain0, 0
-    for entry, (found, results_hash) in zip(entries, answers, strict=False):
-        if found != number + 1:
-            break
-        number = found
-        chain = next_chain(chain, entry, results_hash)
-    return chain, number

@@ -14,7 +14,8 @@ from typing import Any
 from simulation import power
 from simulation.witness import Witness
 from slum.ledger import frames, group, journal
-from slum.ledger.state import Applied, State
+from slum.ledger.applying import Applied
+from slum.ledger.state import State
 
 POINTS = ("sync", "sync", "sync", "make", "apply", "seal")
 

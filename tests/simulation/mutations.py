@@ -12,11 +12,12 @@ from typing import Any
 
 import msgspec
 
-from slum.ledger import journal, overlap, state, transport
+from slum.ledger import applying, journal, overlap, transport
 from slum.ledger.election import Election
 from slum.ledger.member import Member
 from slum.ledger.overlap import Fitted
 from slum.ledger.peerwire import Append, AskPreVote, NextIndex, Vote
+from slum.ledger.state import State
 from slum.ledger.transport import Wire
 
 
@@ -105,8 +106,8 @@ def _unsynced_send() -> None:
 
 
 def _unsynced_seal() -> None:
-    real = state.State._set_sync
-    _replace(state.State, "_set_sync", lambda self, full: real(self, self._syncs_all))
+    real = State._set_sync
+    _replace(State, "_set_sync", lambda self, full: real(self, self._syncs_all))
 
 
 def _answered_early() -> None:
@@ -164,15 +165,15 @@ def _answers_of_any_term() -> None:
 
 
 def _foreseen_anyway() -> None:
-    def take(self: state.State, data: bytes) -> state.Applied | None:
+    def take(self: State, data: bytes) -> applying.Applied | None:
         foreseen, self._foreseen = self._foreseen, None
         return foreseen[1] if foreseen is not None else None
 
-    _replace(state.State, "_take_foreseen", take)
+    _replace(State, "_take_foreseen", take)
 
 
 def _stale_headers() -> None:
-    _replace(state, "is_stale", lambda entry, position: False)
+    _replace(applying, "is_stale", lambda entry, position: False)
 
 
 def _overlap_cut() -> None:

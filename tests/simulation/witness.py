@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import msgspec
 
+from slum.ledger.applying import Applied
 from slum.ledger.journal import Journal
 from slum.ledger.member import Member
 from slum.ledger.peerwire import NO_OP, Place
-from slum.ledger.state import Applied
 
 _SEAL = msgspec.msgpack.encode("Seal")
 
