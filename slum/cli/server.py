@@ -7,7 +7,7 @@ Services are never touched by any of it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from slum.cli.base import Invocation, SlumGroup, command, consent
-from slum.errors import ConfigError, Conflict, QuorumLost, SlumError
+from slum.cli.server_recover import recover
+from slum.cli.server_steps import actor, machine_name, run_quietly, start
+from slum.errors import ConfigError, QuorumLost, SlumError
 
 if TYPE_CHECKING:
     from slum import api
     from slum.client import Client
-    from slum.ledger.recover import Survivor
     from slum.server.founding import Place
 
 API_PORT, LEDGER_PORT = 7443, 7444
@@ -87,11 +88,11 @@ def init(
     was = identity.load(asked.home.state)
     if was is None or (was.address, was.api) != (place.ledger, place.api):
         founding.check_ports(place, was)
-    _start(asked, again=founding.give_identity(asked.home, place) != was)
-    key = _run(founding.found_authority(asked.home, _actor()))
+    start(asked, again=founding.give_identity(asked.home, place) != was)
+    key = run_quietly(founding.found_authority(asked.home, actor()))
     if key and key_file is not None:
         trust.write(key_file, f"{key}\n".encode())
-    _run(founding.open_front(asked.home, place))
+    run_quietly(founding.open_front(asked.home, place))
     if asked.json:
         shown = key if key_file is None else ""
         asked.emit(
@@ -160,7 +161,7 @@ def join(
     urls = tuple(checked_url(url) for url in urls)
     text = token_from(token_file, {}) or ""
     token = parse(text)
-    place = _place(founding.check_name(member or _machine_name()), address, api_port, ledger_port, listen)
+    place = _place(founding.check_name(member or machine_name()), address, api_port, ledger_port, listen)
     end = time.monotonic() + timeout
     if identity.load(asked.home.state) is None:
         founding.check_ports(place, None)
@@ -170,15 +171,15 @@ def join(
         request = api.JoinRequest(
             secret=token.secret,
             csr=founding.request(asked.home),
-            host=_machine_name(),
+            host=machine_name(),
             member=founding.offer(asked.home, me),
         )
         answer = answered(urls, token, request, timeout, asked.note)
         if answer.kind != "member":
             raise ConfigError(f"this token is for a {answer.kind}", hint="make one with `slum token new member`")
         founding.keep_answer(asked.home, answer)
-    _start(asked, again=was not in (None, me), wait=False)
-    _run(founding.open_front(asked.home, place))
+    start(asked, again=was not in (None, me), wait=False)
+    run_quietly(founding.open_front(asked.home, place))
     again_at = time.monotonic() + AGAIN_S
     while not _votes(asked, place.member):
         now = time.monotonic()
@@ -237,7 +238,7 @@ def leave(asked: Invocation) -> None:
             view = client.cluster()
             if all(alarm.kind != REMOVED for alarm in view.alarms):
                 left = client.change_members(remove=me.id).members
-    _run(founding.close_front(asked.home))
+    run_quietly(founding.close_front(asked.home))
     node_boot.shut_down(asked.home, set(boot.PROGRAMS))
     asked.home.boot.unlink(missing_ok=True)
     service.retire(asked.home)
@@ -293,79 +294,6 @@ def members(asked: Invocation, action: str | None, member: str | None, replace: 
         asked.emit({"removed": member, "members": left})
         return
     asked.say(f"{member} is removed; members: {', '.join(left)}")
-
-
-@command(
-    "recover",
-    examples="""
-    slum server recover
-    slum server recover --yes
-    """,
-)
-def recover(asked: Invocation) -> None:
-    """Let this member go on alone, when a majority of the members is lost for good. Shows first what may be lost.
-
-    It keeps all that it holds and begins a new generation; whoever comes back is fenced and can join as a new member. Machines
-    and services are left as they are until `slum resume`. Refused while the others could go on without loss.
-    """
-    import sqlite3
-
-    from slum.ledger import identity
-    from slum.ledger.recover import examine
-    from slum.ledger.recover import recover as begin_anew
-    from slum.server import boot, founding
-
-    if identity.load(asked.home.state) is None:
-        raise ConfigError(
-            "this machine is no member of a replicated control plane",
-            hint=f"a control plane of one whose journal is damaged: python -m slum.ledger.recover --data-dir {asked.home.data}",
-        )
-    asked.note("stopping ledger and server of this member; services go on")
-    boot.shut_down_servers(asked.home)
-    try:
-        found = examine(asked.home.state)
-        alone = found.members == (found.member,)
-        obstacle = "it is the only member, and its log is whole" if alone and not found.log_problem else found.obstacle
-        if obstacle:
-            raise Conflict(f"{found.member} does not go on alone: {obstacle}", hint="nothing was changed")
-        for line in survivor_lines(found, time.time()):
-            asked.note(line)
-        if not consent(asked, f"Go on alone? Type the member's name, {found.member}", typed=found.member):
-            raise ConfigError("nothing was changed")
-        at = begin_anew(asked.home.state, actor=_actor(), now=time.time())
-    except (OSError, sqlite3.Error) as error:
-        raise SlumError(
-            f"{asked.home.state} cannot be read: {error}", hint="`slum server join` makes it a new member"
-        ) from error
-    finally:
-        _start(asked, again=False, wait=False)
-    boot.wait_for_api(asked.home)
-    _run(founding.seal_alone(asked.home, _actor()))
-    if asked.json:
-        asked.emit({"member": found.member, "generation": at.generation, "seq": at.seq, "missing": found.missing})
-        return
-    asked.say(f"{found.member} goes on alone with generation {at.generation}, sequence {at.seq}")
-    if alone:
-        return
-    asked.say(
-        "next: look with `slum status` and `slum events`, then `slum resume`; until then machines are left as they are"
-    )
-    asked.say("      then `slum token new member`, and on each of the others `slum server join`: they are fenced")
-
-
-def survivor_lines(found: Survivor, now: float) -> list[str]:
-    """Say what a member holds that is to go on alone, and what may be lost by it."""
-    from slum.render import seconds
-
-    others = [name for name in found.members if name != found.member]
-    answering = ", ".join(one.member for one in found.reached) or "none"
-    lines = [
-        f"{found.member} of {len(found.members)} members; of {', '.join(others) or 'nobody else'} these answer: {answering}",
-        f"it holds all up to sequence {found.seq}, last event {seconds(max(0.0, now - found.last_at))} ago,"
-        f" and {found.unapplied} entries behind it, which are kept too",
-    ]
-    lines += [f"may be lost: {what}" for what in found.missing]
-    return lines
 
 
 @command(
@@ -480,28 +408,6 @@ def _place(member: str, address: str, api_port: int, ledger_port: int, listen: s
     )
 
 
-def _start(asked: Invocation, *, again: bool, wait: bool = True) -> None:
-    """Have the member's programs run, those that must see a new identity anew; return when the API answers."""
-    from slum.cli.prepare import passing
-    from slum.server import boot
-
-    with passing(asked, "starting the member"):
-        if again:
-            boot.shut_down_servers(asked.home)
-        boot.up(asked.home, wait=wait)
-
-
-def _run(work: Coroutine[Any, Any, T]) -> T:
-    """Return what *work* gives; what it would log as a part of a server is not for here."""
-    import asyncio
-    import logging
-
-    from slum import log
-
-    log.start("slum", logging.ERROR)
-    return asyncio.run(work)
-
-
 def _votes(asked: Invocation, member: str) -> bool:
     """Tell whether the ledger of here counts *member* among those that vote, and its server answers."""
     from slum.server import boot
@@ -552,15 +458,3 @@ def _free_file(name: str | None) -> Path | None:
         why = "is there already" if path.exists() else "cannot be written: its folder is missing"
         raise ConfigError(f"{name} {why}; nothing was changed", hint="a recovery key needs a file of its own")
     return path
-
-
-def _machine_name() -> str:
-    import socket
-
-    return socket.gethostname().partition(".")[0].lower() or "m"
-
-
-def _actor() -> str:
-    import getpass
-
-    return f"{getpass.getuser()}@{_machine_name()}"
