@@ -70,7 +70,10 @@ def writes(seconds: int) -> None:
     rates: dict[int, tuple[list[float], list[float]]] = {256: ([], []), 1: ([], [])}
     with slum_cluster() as cluster, Etcd() as etcd:
         leader = asyncio.run(cluster.leader())
-        for clients in (256, 1):
+        for clients in (
+            1,
+            256,
+        ):  # one alone first: of 600,000 rows that the others leave, all are hashed at the next epoch
             for _ in range(3):
                 for system, found in (
                     ("slum", slum_load(leader.home.ledger_socket, clients, seconds)),
@@ -84,7 +87,7 @@ def writes(seconds: int) -> None:
                     )
         ours = [rss_bytes(node.child.pid) / 1e6 for node in cluster.nodes if node.child]
         theirs = [rss_bytes(pid) / 1e6 for pid in etcd.pids()]
-        for clients, bound in ((256, 2.0), (1, 1.0)):
+        for clients, bound in ((1, 1.0), (256, 2.0)):
             mine, peer = (statistics.median(one) for one in rates[clients])
             verdict(f"{clients} clients, slum over etcd", mine / peer, bound, "x", least=True)
         verdict(f"memory of a member (etcd {max(theirs):.0f} MB)", max(ours), 100, "MB")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 import ssl
 import struct
@@ -211,6 +212,41 @@ def test_junk_is_cut_off(ends: Callable[..., End], junk: bytes) -> None:
         assert finished(sock, a, b)
     a.links.send("m2", Ping(place=PLACE, seq=1, at=0.0))
     until(lambda: b.got(Got), a, b)
+
+
+def test_who_is_gone_before_it_was_let_in_harms_nobody(ends: Callable[..., End]) -> None:
+    """Killed members, port scanners: their connections are reset while they wait for us, and so when they are looked at."""
+    a, b = ends("a"), ends("b")
+    joined(a, b)
+    host, port = b.row.address.split(":")
+    for said in (b"", b"x" * 100):
+        for _ in range(20):
+            sock = socket.create_connection((host, int(port)))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.sendall(said)
+            sock.close()
+        for _ in range(40):
+            b.look()
+    a.links.send("b", Ping(place=PLACE, seq=7, at=1.0))
+    until(lambda: b.got(Got), a, b)
+
+
+def test_who_answers_with_a_reset_is_dialled_again(ends: Callable[..., End]) -> None:
+    a = ends("a")
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        a.knows(msgspec.structs.replace(a.row, id="b", address=address))
+        for _ in range(3):
+            until(lambda: _can_accept(listening), a)
+            sock, _ = listening.accept()
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.close()
+
+
+def _can_accept(listening: socket.socket) -> bool:
+    return bool(select.select([listening], [], [], 0)[0])
 
 
 def test_a_member_that_sends_junk_is_cut_off(ends: Callable[..., End]) -> None:

@@ -6,6 +6,7 @@ is checked by OpenSSL against the members' and then compared as a whole.
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 from collections import deque
@@ -30,6 +31,7 @@ class Link:
 
     def __init__(self, sock: socket.socket, *, outgoing: str | None, begun_at: float) -> None:
         self.sock = sock
+        self.descriptor = sock.fileno()
         self.outgoing = outgoing
         self.peer: str | None = None
         self.is_up = False
@@ -48,23 +50,23 @@ class Link:
         self._out_bytes = 0
 
     @property
-    def descriptor(self) -> int:
-        return (self._tls or self.sock).fileno()
-
-    @property
     def greeted(self) -> bool:
         """The TLS handshake is done."""
         return self._greeted
 
     def secure(self, context: ssl.SSLContext) -> None:
         """Begin TLS once the TCP connection stands."""
-        error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if error:
-            raise Broken(f"cannot connect: error {error}")
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._tls = context.wrap_socket(
-            self.sock, server_side=self.outgoing is None, do_handshake_on_connect=False, suppress_ragged_eofs=False
-        )
+        try:
+            error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if error:
+                raise Broken(f"cannot connect: {os.strerror(error)}")
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._tls = context.wrap_socket(
+                self.sock, server_side=self.outgoing is None, do_handshake_on_connect=False, suppress_ragged_eofs=False
+            )
+        except OSError as error:
+            # The other side may have gone since; the socket goes with what was to wrap it.
+            raise Broken(f"cannot connect: {error}") from error
         self.wants_write = False
 
     @property

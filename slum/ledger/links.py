@@ -7,7 +7,7 @@ is in the order it was sent. A silent connection is pinged, a dead one is notice
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import select
 import socket
 import ssl
@@ -147,19 +147,28 @@ class Links:
         self._add(Link(sock, outgoing=peer, begun_at=now))
 
     def _accept(self, now: float) -> None:
-        with contextlib.suppress(BlockingIOError, ConnectionAbortedError):
+        try:
             sock, _ = self._listening.accept()
-            sock.setblocking(False)
-            if self._contexts is None:
-                sock.close()
-                return
-            strangers = [link for link in self._links.values() if not link.is_up and link.outgoing is None]
-            if len(strangers) >= STRANGERS_MAX:
-                # The newest may be a member, which is through in milliseconds; who only holds a place goes.
-                self._end(min(strangers, key=lambda link: link.begun_at), "too many that have not said who they are")
-            link = Link(sock, outgoing=None, begun_at=now)
-            self._add(link)
+        except OSError as error:
+            # What the network has done to the new connection comes as an error of accept.
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise
+            return
+        sock.setblocking(False)
+        if self._contexts is None:
+            sock.close()
+            return
+        strangers = [link for link in self._links.values() if not link.is_up and link.outgoing is None]
+        if len(strangers) >= STRANGERS_MAX:
+            # The newest may be a member, which is through in milliseconds; who only holds a place goes.
+            self._end(min(strangers, key=lambda link: link.begun_at), "too many that have not said who they are")
+        link = Link(sock, outgoing=None, begun_at=now)
+        try:
             link.secure(self._contexts[1])
+        except Broken:
+            link.close()
+        else:
+            self._add(link)
 
     def _add(self, link: Link) -> None:
         self._links[link.descriptor] = link
@@ -238,14 +247,15 @@ class Links:
             self._rearm(link)
 
     def _rearm(self, link: Link) -> None:
-        if link.armed != link.wants_write and link.descriptor in self._links:
+        if link.armed != link.wants_write and self._links.get(link.descriptor) is link:
             link.armed = link.wants_write
             self._poll.modify(link.descriptor, select.EPOLLIN | (select.EPOLLOUT if link.wants_write else 0))
 
     def _end(self, link: Link, why: str) -> None:
         descriptor = link.descriptor
-        if self._links.pop(descriptor, None) is None:
+        if self._links.get(descriptor) is not link:
             return
+        del self._links[descriptor]
         self._poll.unregister(descriptor)
         link.close()
         peer = link.peer or link.outgoing or "?"
