@@ -70,10 +70,8 @@ def writes(seconds: int) -> None:
     rates: dict[int, tuple[list[float], list[float]]] = {256: ([], []), 1: ([], [])}
     with slum_cluster() as cluster, Etcd() as etcd:
         leader = asyncio.run(cluster.leader())
-        for clients in (
-            1,
-            256,
-        ):  # one alone first: of 600,000 rows that the others leave, all are hashed at the next epoch
+        # One alone first: the 600,000 rows that the others leave are all hashed at the next epoch, beside whoever writes then.
+        for clients in (1, 256):
             for _ in range(3):
                 for system, found in (
                     ("slum", slum_load(leader.home.ledger_socket, clients, seconds)),

@@ -1,4 +1,4 @@
-"""`slum server`: this machine as a member of a replicated control plane: making one, joining, leaving, recovering.
+"""`slum server`: this machine as a member of a replicated control plane: making one, joining, leaving.
 
 What asks, says and starts is here; what happens to the data is in slum.server.founding, slum.server.cluster and slum.ledger.
 Services are never touched by any of it.
@@ -29,7 +29,6 @@ JOIN_S = 120.0
 AGAIN_S = 5.0
 POLL_S = 0.1
 F = TypeVar("F", bound=Callable[..., Any])
-T = TypeVar("T")
 
 
 def place_options(function: F) -> F:

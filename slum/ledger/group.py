@@ -202,6 +202,8 @@ class Wake:
 class Group(SyncObj):  # type: ignore[misc]  # PySyncObj has no types
     """The running group of one epoch; every call but Wake.set belongs to one thread."""
 
+    _SyncObj__connectedNodes: set[Node]
+
     def __init__(
         self,
         *,
@@ -213,13 +215,12 @@ class Group(SyncObj):  # type: ignore[misc]  # PySyncObj has no types
         timing: Timing,
         spares: Callable[[], Collection[str]] = tuple,
     ) -> None:
-        """*spares* is asked for whom new entries are not for now."""
+        """*spares* names those who are not sent new entries at once; it is asked whenever there are some."""
         check_engine()
         self._on_entry = on_entry
         self._spares = spares
         self._ended = False
         self._log = journal
-        self._SyncObj__connectedNodes: set[Node] = set()
         self._told = (0, 0)
         self._tell_at = math.inf
         forever = sys.maxsize
@@ -318,7 +319,7 @@ class Group(SyncObj):  # type: ignore[misc]  # PySyncObj has no types
             self._send_to({node for node in self._SyncObj__connectedNodes if sent[node] <= end})
 
     def _send_to(self, nodes: set[Node]) -> None:
-        connected: set[Node] = self._SyncObj__connectedNodes
+        connected = self._SyncObj__connectedNodes
         self._SyncObj__connectedNodes = nodes
         try:
             self._SyncObj__sendAppendEntries()

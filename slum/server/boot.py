@@ -38,6 +38,7 @@ BACKUP = {"backup": "slum.backup.process"}
 """Started where there is a server.toml, which may ask for it."""
 UP_S = 30.0
 ENDS = 3
+"""After so many for one reason the ledger is not waited for any more."""
 LAST_BYTES = 16 << 10
 
 
