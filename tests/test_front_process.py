@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -42,6 +43,19 @@ def until(condition: Callable[[], object], deadline_s: float = 10.0) -> None:
         time.sleep(0.02)
 
 
+def end(pid: int, signum: int, states: str) -> None:
+    """Signal *pid* and wait until every thread of it has heard: one that has not may still take a connection along."""
+    os.kill(pid, signum)
+
+    def state(stat: Path) -> str:
+        try:
+            return stat.read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return states[0]
+
+    until(lambda: all(state(stat) in states for stat in Path(f"/proc/{pid}/task").glob("*/stat")))
+
+
 async def again(site: Site, listen: list[str] | None = None) -> tuple[str, ...]:
     keeper = await KeeperClient.connect(site.home)
     try:
@@ -57,7 +71,7 @@ def answers(site: Site) -> int:
 
 def test_a_killed_front_comes_back_and_a_server_that_is_away_is_said(site: Site) -> None:
     pid = caddy(site).pid
-    os.kill(pid, signal.SIGKILL)
+    end(pid, signal.SIGKILL, "ZX")
     assert answers(site) == 200, "the keeper holds the listener: a connection waits for the next front"
     assert caddy(site).pid != pid
     site.plane.kill("server")
@@ -70,12 +84,12 @@ def test_a_killed_front_comes_back_and_a_server_that_is_away_is_said(site: Site)
 
 
 def test_a_front_that_hangs_is_ended_and_comes_back(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLUM_SILENT_MS", "1200")
+    monkeypatch.setenv("SLUM_SILENT_MS", "3000")
     site.plane.kill("server")
     site.plane.start("server")
     until(lambda: answers(site) == 200)
     pid = caddy(site).pid
-    os.kill(pid, signal.SIGSTOP)
+    end(pid, signal.SIGSTOP, "T")
     assert answers(site) == 200, "a connection waits for the next front"
     assert caddy(site).pid != pid
 
