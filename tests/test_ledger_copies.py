@@ -90,6 +90,22 @@ def test_another_copy_is_asked_for_from_its_beginning(out: Outgoing, tmp_path: P
     assert incoming.wanted() == [first]
 
 
+def test_the_last_part_waits_for_the_digest_of_all(out: Outgoing, tmp_path: Path) -> None:
+    digest, out._digest = out._digest, ("", "")
+    without: list[Part] = []
+
+    def carry(part: Part) -> list[Part]:
+        if not part.data:
+            without.append(part)
+            out._digest = digest if len(without) == 3 else out._digest
+        return [part]
+
+    path = carried(out, tmp_path / "in", carry)
+    assert path is not None
+    assert path.read_bytes() == (tmp_path / "out" / "outgoing.db").read_bytes()
+    assert [part.offset for part in without] == [(PARTS - 1) * PART_BYTES] * 3
+
+
 def test_parts_that_are_lost_or_doubled_do_no_harm(out: Outgoing, tmp_path: Path, seed: int) -> None:
     chance = random.Random(seed)
     for number in range(20):

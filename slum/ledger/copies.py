@@ -33,8 +33,10 @@ class Outgoing:
         self._apart = apart
         self._clock = clock
         self._name = ""
-        self._made: tuple[str, int, str] | None = None
-        """(name, size, sha256); set by whoever makes the copy, as its last act."""
+        self._made: tuple[str, int] | None = None
+        """(name, size); set by whoever makes the copy, once it is whole."""
+        self._digest = ("", "")
+        """(name, sha256); set after that, while the first parts are given out already."""
         self._failed = False
         self._asked_at = self._made_at = 0.0
         folder.remove_state_file(self._path)
@@ -42,7 +44,7 @@ class Outgoing:
     def part(self, wanted: WantCopy) -> Part:
         """Return the part of the copy that *wanted* names, or begin to make one."""
         now = self._clock()
-        if self._failed or (not wanted.name and self._made is not None and now - self._made_at > FRESH_S):
+        if self._failed or (not wanted.name and self._digest[0] == self._name and now - self._made_at > FRESH_S):
             self._name, self._failed = "", False
         self._asked_at = now
         if not self._name:
@@ -52,10 +54,15 @@ class Outgoing:
         made = self._made
         if made is None or wanted.name not in ("", made[0]):
             return Part(name="", offset=0, size=0, sha256="", data=b"")
-        name, size, digest = made
+        name, size = made
+        of, digest = self._digest
         with self._path.open("rb") as file:
             file.seek(wanted.offset)
             data = file.read(PART_BYTES)
+        if of != name:
+            digest = ""
+            if wanted.offset + len(data) >= size:
+                data = b""
         return Part(name=name, offset=wanted.offset, size=size, sha256=digest, data=data)
 
     def tick(self) -> None:
@@ -83,8 +90,8 @@ class Outgoing:
                 # One file, so that its bytes are all of it.
                 copy.execute("PRAGMA journal_mode=DELETE").close()
             with self._path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            self._made = (name, self._path.stat().st_size, digest)
+                self._made = (name, os.fstat(file.fileno()).st_size)
+                self._digest = (name, hashlib.file_digest(file, "sha256").hexdigest())
         except (OSError, sqlite3.Error):
             # Asked again, it is tried again; the one that asks shows how long it waits.
             self._failed = True
@@ -110,13 +117,15 @@ class Incoming:
     def take(self, part: Part) -> Path | list[WantCopy] | None:
         """Add *part*, and return what more to ask for, or the path of the copy once it is whole, durable, and its digest right.
 
-        None: there is no copy at the other side yet, or it is another one by now, to be asked for from the beginning.
+        None: the other side has it not yet, or has another copy by now, which is asked for from its beginning.
         """
         if not part.name or (self.name and part.name != self.name):
             self.reset()
             return None
         if part.offset != self.size:
             return []  # asked for twice
+        if not part.data:
+            return None
         if self._file < 0:
             folder.remove_state_file(self._path)
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -124,7 +133,7 @@ class Incoming:
         os.write(self._file, part.data)
         self._digest.update(part.data)
         self.size += len(part.data)
-        if self.size < part.size and part.data:
+        if self.size < part.size:
             return self._more()
         os.fsync(self._file)
         right = self._digest.hexdigest() == part.sha256

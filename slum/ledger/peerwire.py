@@ -154,7 +154,10 @@ class WantCopy(_Message, tag="want_copy"):
 
 
 class Part(_Message, tag="part"):
-    """Bytes of a copy; an empty *name*: it is not ready yet, or no longer there."""
+    """Bytes of a copy; an empty *name*: it is not ready yet, or no longer there.
+
+    The last part carries the digest of them all, and has no bytes as long as that is not ready.
+    """
 
     name: str
     offset: int
