@@ -45,7 +45,9 @@ def carried(out: Outgoing, home: Path, carry: Callable[[Part], list[Part]]) -> P
             under_way = incoming.wanted()
         assert len(under_way) <= 2 * AHEAD
         wanted = under_way.pop(0)
-        for part in carry(out.part(wanted)):
+        given = out.part(wanted)
+        assert given is not None
+        for part in carry(given):
             taken = incoming.take(part)
             if isinstance(taken, Path):
                 return taken

@@ -38,6 +38,12 @@ class Follower(Protocol):
 
     def journal_of(self, place: Place) -> Journal | None: ...
 
+    def stand_in(self, peer: str) -> str:
+        """Return who may give *peer* a copy in our stead; empty when it is ours to give."""
+        ...
+
+    def reaches(self, peer: str) -> bool: ...
+
     def feed(self, peer: str, tail: Tail) -> None: ...
 
     def adopt(self, path: Path) -> bool: ...
@@ -96,11 +102,11 @@ class CatchUp:
     def take(self, peer: str, message: WantTail | Tail | WantCopy | Part) -> None:
         match message:
             case WantTail():
-                self._post(peer, self._tail(message))
+                self._post(peer, self._tail(peer, message))
             case WantCopy():
-                if not self._follower.is_sound:
-                    return
-                self._post(peer, self._outgoing.part(message))
+                part = self._outgoing.part(message) if self._follower.is_sound else None
+                if part is not None:
+                    self._post(peer, part)
             case Tail():
                 if peer == self._source and message.place == self._follower.place and not self._wants_copy:
                     self._take_tail(peer, message)
@@ -114,11 +120,12 @@ class CatchUp:
 
     # --- helping -----------------------------------------------------------------------------------------------------
 
-    def _tail(self, wanted: WantTail) -> Tail:
+    def _tail(self, peer: str, wanted: WantTail) -> Tail:
         place, after = wanted.place, wanted.after
         journal = self._follower.journal_of(place)
         if journal is None or not 1 <= after <= len(journal):
-            return Tail(place=place, prev_index=max(1, after), prev_term=0, gone=True)
+            other = self._follower.stand_in(peer)
+            return Tail(place=place, prev_index=max(1, after), prev_term=0, gone=True, other=other)
         end = self._follower.commit if place == self._follower.place else len(journal)
         entries: list[LogEntry] = []
         size = 0
@@ -149,7 +156,9 @@ class CatchUp:
     def _take_tail(self, peer: str, tail: Tail) -> None:
         if tail.gone:
             self._wants_copy = True
-            self._note("asks_for_a_copy", peer=peer, epoch=self._follower.place[1])
+            if self._follower.reaches(tail.other):
+                self._source = tail.other
+            self._note("asks_for_a_copy", peer=self._source, epoch=self._follower.place[1])
             self._ask()
             return
         if tail.prev_index > self._follower.commit:

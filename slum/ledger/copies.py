@@ -41,11 +41,14 @@ class Outgoing:
         self._asked_at = self._made_at = 0.0
         folder.remove_state_file(self._path)
 
-    def part(self, wanted: WantCopy) -> Part:
-        """Return the part of the copy that *wanted* names, or begin to make one."""
+    def part(self, wanted: WantCopy) -> Part | None:
+        """Return the part of the copy that *wanted* names, or begin to make one; None when none could be made."""
         now = self._clock()
-        if self._failed or (not wanted.name and self._digest[0] == self._name and now - self._made_at > FRESH_S):
+        if self._failed:
             self._name, self._failed = "", False
+            return None
+        if not wanted.name and self._digest[0] == self._name and now - self._made_at > FRESH_S:
+            self._name = ""
         self._asked_at = now
         if not self._name:
             self._made, self._made_at = None, now
@@ -93,7 +96,7 @@ class Outgoing:
                 self._made = (name, os.fstat(file.fileno()).st_size)
                 self._digest = (name, hashlib.file_digest(file, "sha256").hexdigest())
         except (OSError, sqlite3.Error):
-            # Asked again, it is tried again; the one that asks shows how long it waits.
+            # Whoever asks hears nothing and asks another; asked again, it is tried again.
             self._failed = True
 
 

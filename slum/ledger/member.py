@@ -476,6 +476,17 @@ class Member:
             return self._epoch.journal
         return self._retained.journal_of(place, self.state.epochs(2)[1:])
 
+    def stand_in(self, peer: str) -> str:
+        """Return a member that stands where we do and does not lead, when we do: copies make much work."""
+        if not self._epoch.group.leads:
+            return ""
+        others = {row.id for row in self.position.members}.intersection(self._peers.up) - {peer}
+        here = sorted(other for other in others if self._peers.place_of(other) == self.place)
+        return self._world.chance.choice(here) if here else ""
+
+    def reaches(self, peer: str) -> bool:
+        return peer in self._peers.up
+
     def feed(self, peer: str, tail: Tail) -> None:
         if self._epoch.wire is not None and not self.sealed:
             self._epoch.wire.feed(peer, tail)

@@ -137,13 +137,17 @@ class WantTail(_Message, tag="want_tail"):
 
 
 class Tail(_Message, tag="tail"):
-    """Committed entries after *prev_index*; *gone* when I no longer have that epoch's journal."""
+    """Committed entries after *prev_index*; *gone* when I no longer have that epoch's journal.
+
+    Then a copy is to be had, of *other* where one is named: whoever leads has more to do than others.
+    """
 
     place: Place
     prev_index: int
     prev_term: int
     entries: tuple[LogEntry, ...] = ()
     gone: bool = False
+    other: str = ""
 
 
 class WantCopy(_Message, tag="want_copy"):
