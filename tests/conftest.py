@@ -5,8 +5,14 @@ from __future__ import annotations
 import os
 import random
 import sys
+from collections.abc import AsyncIterator, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    import httpx
+    from server_support import Plane
 
 SEED = int(os.environ.get("SLUM_TEST_SEED") or random.SystemRandom().randrange(2**32))
 
@@ -20,6 +26,23 @@ def seed(request: pytest.FixtureRequest) -> int:
     """The run's seed; shown with a failing test because captured output is."""
     sys.stdout.write(f"seed {SEED}\n")
     return SEED
+
+
+@pytest.fixture
+def plane() -> Iterator[Plane]:
+    """A ledger and a server of their own, for one test."""
+    from server_support import a_plane  # what most tests do without
+
+    with a_plane() as made:
+        yield made
+
+
+@pytest.fixture
+async def http(plane: Plane) -> AsyncIterator[httpx.AsyncClient]:
+    """The API of *plane*, once it answers."""
+    await plane.ready()
+    async with plane.http() as client:
+        yield client
 
 
 @pytest.hookimpl(wrapper=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from typing import Any
 
 import asyncssh
 import pytest
-from server_support import Plane, a_plane, get
+from server_support import Plane, get
 from ssh_support import a_site
 
 from slum import api, model
@@ -62,12 +62,6 @@ class Host:
 
     def fingerprint(self, key: int) -> str:
         return str(self.keys[key].get_fingerprint())
-
-
-@pytest.fixture
-def plane() -> Iterator[Plane]:
-    with a_plane() as made:
-        yield made
 
 
 @asynccontextmanager

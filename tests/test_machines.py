@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterator
 
 import httpx
 import msgspec
-import pytest
 from fakes.agent import FakeAgent
 from fakes.hetzner import FakeHetzner
-from server_support import Plane, a_fleet, a_plane, a_service, applied, eventually, get, request_id
+from server_support import Plane, a_fleet, a_service, applied, eventually, get, request_id
 
 from slum import api
 from slum.ledger.reader import MachineRow
@@ -20,19 +18,6 @@ from slum.operators.base import Machine
 from slum.server.control import Sight
 from slum.server.observed import machines
 from slum.server.view import World
-
-
-@pytest.fixture
-def plane() -> Iterator[Plane]:
-    with a_plane() as made:
-        yield made
-
-
-@pytest.fixture
-async def http(plane: Plane) -> AsyncIterator[httpx.AsyncClient]:
-    await plane.ready()
-    async with plane.http() as client:
-        yield client
 
 
 async def act(http: httpx.AsyncClient, verb: str, tenement: str) -> httpx.Response:

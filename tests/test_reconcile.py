@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
 
 import httpx
-import pytest
 from fakes.agent import FakeAgent
 from hypothesis import given
 from hypothesis import strategies as st
-from server_support import Plane, a_fleet, a_plane, a_service, applied, eventually, get
+from server_support import Plane, a_fleet, a_service, applied, eventually, get
 
 from slum import api, wire
 from slum.model import Fleet
@@ -235,19 +233,6 @@ def test_doing_what_was_decided_arrives(start: Situation) -> None:
 
 
 # --- the loop, with a real ledger, server and keeper ------------------------------------------------------------------
-
-
-@pytest.fixture
-def plane() -> Iterator[Plane]:
-    with a_plane() as made:
-        yield made
-
-
-@pytest.fixture
-async def http(plane: Plane) -> AsyncIterator[httpx.AsyncClient]:
-    await plane.ready()
-    async with plane.http() as client:
-        yield client
 
 
 async def state_of(http: httpx.AsyncClient, machine: str) -> str:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
 
 import httpx
 import msgspec
 import pytest
 from fakes.agent import FakeAgent
-from server_support import Plane, a_fleet, a_plane, a_service, applied, eventually, get, request_id
+from server_support import Plane, a_fleet, a_service, applied, eventually, get, request_id
 
 from slum import api, wire
 from slum.errors import Unreachable
@@ -20,19 +19,6 @@ from slum.node.websocket import connect
 from slum.server.desired import advance
 from slum.server.view import World
 from slum.wire import Phase
-
-
-@pytest.fixture
-def plane() -> Iterator[Plane]:
-    with a_plane() as made:
-        yield made
-
-
-@pytest.fixture
-async def http(plane: Plane) -> AsyncIterator[httpx.AsyncClient]:
-    await plane.ready()
-    async with plane.http() as client:
-        yield client
 
 
 async def act(http: httpx.AsyncClient, verb: str, service: str = "notes") -> None:

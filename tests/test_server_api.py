@@ -12,13 +12,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
 import msgspec
 import pytest
-from server_support import Plane, a_fleet, a_plane, a_service, applied, eventually, get, problem, put
+from server_support import Plane, a_fleet, a_service, applied, eventually, get, problem, put
 
 from slum import api
 from slum.server.app import ROUTES
@@ -29,19 +29,6 @@ from slum.server.peer import Local
 from slum.server.route import Kind
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "api.md"
-
-
-@pytest.fixture
-def plane() -> Iterator[Plane]:
-    with a_plane() as made:
-        yield made
-
-
-@pytest.fixture
-async def http(plane: Plane) -> AsyncIterator[httpx.AsyncClient]:
-    await plane.ready()
-    async with plane.http() as client:
-        yield client
 
 
 # --- the description --------------------------------------------------------------------------------------------------

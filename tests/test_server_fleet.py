@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Iterator
 
 import httpx
 import msgspec
 import pytest
 from fakes.agent import FakeAgent
-from server_support import Plane, a_fleet, a_plane, a_service, applied, get, problem, put, request_id
+from server_support import Plane, a_fleet, a_service, applied, get, problem, put, request_id
 
 from slum import api
 from slum.model import Fleet, FlyOperator, Level, Tenement
-
-
-@pytest.fixture
-def plane() -> Iterator[Plane]:
-    with a_plane() as made:
-        yield made
-
-
-@pytest.fixture
-async def http(plane: Plane) -> AsyncIterator[httpx.AsyncClient]:
-    await plane.ready()
-    async with plane.http() as client:
-        yield client
 
 
 async def test_an_empty_control_plane_is_at_revision_0(http: httpx.AsyncClient) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import httpx
 import msgspec
@@ -13,7 +13,6 @@ from fakes.agent import FakeAgent, echoing, saying
 from server_support import (
     Plane,
     a_fleet,
-    a_plane,
     a_service,
     applied,
     documents,
@@ -27,19 +26,6 @@ from slum import api, wire
 from slum.errors import Unreachable
 from slum.node.websocket import WebSocket, connect
 from slum.wire import Phase
-
-
-@pytest.fixture
-def plane() -> Iterator[Plane]:
-    with a_plane() as made:
-        yield made
-
-
-@pytest.fixture
-async def http(plane: Plane) -> AsyncIterator[httpx.AsyncClient]:
-    await plane.ready()
-    async with plane.http() as client:
-        yield client
 
 
 @pytest.fixture
