@@ -62,7 +62,7 @@ def behind(tmp_path: Path) -> Behind:
     return made
 
 
-COPY = WantCopy(name="", offset=0)
+COPY = WantCopy(name="", offset=0, place=HERE)
 
 
 def test_who_has_no_tail_is_asked_for_a_copy(behind: Behind) -> None:

@@ -149,7 +149,7 @@ def test_a_peer_has_one_vote_a_term_and_old_ones_do_not_count(bench: Bench) -> N
     bench.group.tick(stand=True)
     old = bench.group.term
     bench.group.tick(stand=True)
-    for peer, term in (("m2", old), ("m3", old), ("m2", old + 1), ("m2", old + 1)):
+    for peer, term in (("m2", old), ("m3", old), ("m2", old + 1), ("m2", old + 1), ("m3", old), ("m2", old + 1)):
         bench.wire.take(peer, Vote(place=PLACE, term=term))
     assert not bench.group.leads
     bench.wire.take("m3", Vote(place=PLACE, term=old + 1))

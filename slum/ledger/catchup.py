@@ -65,7 +65,7 @@ class CatchUp:
         self._clock = clock
         self._note = note
         self._outgoing = Outgoing(home, apart, clock)
-        self._incoming = Incoming(home)
+        self._incoming = Incoming(home, lambda: follower.place)
         self._source: str | None = None
         self._ask_at = 0.0
         self._unanswered = False
@@ -104,7 +104,7 @@ class CatchUp:
             case WantTail():
                 self._post(peer, self._tail(peer, message))
             case WantCopy():
-                part = self._outgoing.part(message) if self._follower.is_sound else None
+                part = self._outgoing.part(message, self._follower.place) if self._follower.is_sound else None
                 if part is not None:
                     self._post(peer, part)
             case Tail():

@@ -15,14 +15,14 @@ from contextlib import closing
 from pathlib import Path
 
 from slum.ledger import folder
-from slum.ledger.peerwire import Part, WantCopy
+from slum.ledger.peerwire import Part, Place, WantCopy
 
 PART_BYTES = 1 << 20
 AHEAD = 2
 """So many parts are asked for before the first of them has come: one travels while another one is written."""
 KEPT_S = 30.0
 FRESH_S = 5.0
-"""Whoever begins to ask gets a copy at most so old, unless another one is being given out."""
+"""Whoever begins to ask gets a copy that was ready at most so long ago."""
 _OUT, _IN = "outgoing.db", "incoming.db"
 
 
@@ -39,19 +39,25 @@ class Outgoing:
         """(name, sha256); set after that, while the first parts are given out already."""
         self._failed = False
         self._asked_at = self._made_at = 0.0
+        self._place: Place = (0, 0)
+        """Where we stood when it was begun: it is of there, or further."""
         folder.remove_state_file(self._path)
 
-    def part(self, wanted: WantCopy) -> Part | None:
-        """Return the part of the copy that *wanted* names, or begin to make one; None when none could be made."""
+    def part(self, wanted: WantCopy, place: Place) -> Part | None:
+        """Return the part of the copy that *wanted* names, or begin to make one; None when none could be made.
+
+        *place* is where we stand. Who asks and has come as far as the copy that is there gets another one.
+        """
         now = self._clock()
         if self._failed:
             self._name, self._failed = "", False
             return None
-        if not wanted.name and self._digest[0] == self._name and now - self._made_at > FRESH_S:
+        old = now - self._made_at > FRESH_S or wanted.place >= self._place
+        if not wanted.name and old and self._digest[0] == self._name:
             self._name = ""
         self._asked_at = now
         if not self._name:
-            self._made, self._made_at = None, now
+            self._made, self._place = None, place
             self._name = secrets.token_hex(8)
             self._apart(self._make)
         made = self._made
@@ -93,7 +99,7 @@ class Outgoing:
                 # One file, so that its bytes are all of it.
                 copy.execute("PRAGMA journal_mode=DELETE").close()
             with self._path.open("rb") as file:
-                self._made = (name, os.fstat(file.fileno()).st_size)
+                self._made, self._made_at = (name, os.fstat(file.fileno()).st_size), self._clock()
                 self._digest = (name, hashlib.file_digest(file, "sha256").hexdigest())
         except (OSError, sqlite3.Error):
             # Whoever asks hears nothing and asks another; asked again, it is tried again.
@@ -101,8 +107,10 @@ class Outgoing:
 
 
 class Incoming:
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, place: Callable[[], Place]) -> None:
+        """*place* tells where the member stands that collects."""
         self._path = home / _IN
+        self._place = place
         self.name = ""
         self.size = 0
         """What has been collected."""
@@ -113,7 +121,7 @@ class Incoming:
     def wanted(self) -> list[WantCopy]:
         """Return all to ask for, from where the collected ends: the first part alone, which tells how large they are."""
         if not self.name:
-            return [WantCopy(name="", offset=0)]
+            return [WantCopy(name="", offset=0, place=self._place())]
         self._asked = self.size
         return self._more()
 

@@ -61,7 +61,7 @@ class Joiner:
         self._config = config
         self._net = net
         self._clock = clock
-        self._incoming = Incoming(home)
+        self._incoming = Incoming(home, lambda: (0, 0))
         self._up: list[str] = []
         self._asked_at = self._pinged_at = 0.0
         for path in folder.state_files(home):

@@ -151,10 +151,11 @@ class Tail(_Message, tag="tail"):
 
 
 class WantCopy(_Message, tag="want_copy"):
-    """Give me bytes from *offset* of the copy of state.db called *name*; of a new one when *name* is empty."""
+    """Give me bytes from *offset* of the copy of state.db called *name*; of one made beyond *place* when *name* is empty."""
 
     name: str
     offset: int
+    place: Place = (0, 0)
 
 
 class Part(_Message, tag="part"):

@@ -296,10 +296,12 @@ class Wire(Transport):  # type: ignore[misc]  # PySyncObj has no types
             self.group.go_on_from(peer, max(sent, message.next))
 
     def _take_vote(self, peer: str, message: Vote) -> None:
+        if message.term != self.group.term:
+            return
         term, voters = self._votes
         if term != message.term:
             term, voters = self._votes = (message.term, set())
-        if message.term == self.group.term and peer not in voters:
+        if peer not in voters:
             voters.add(peer)
             self._onMessageReceived(self._nodes[peer], {"type": "response_vote", "term": message.term})
 
