@@ -270,9 +270,14 @@ class Member:
     def _follow(self) -> None:
         """A learner asks for what is committed in the epoch that it is in."""
         if not self._epoch.is_member and not self.sealed and not self._catch_up.busy:
-            here = [peer for peer in self._peers.up if self._peers.place_of(peer) == self.place]
+            here = self._here
             if here:
                 self._catch_up.from_peer(self._world.chance.choice(here))
+
+    @property
+    def _here(self) -> list[str]:
+        """The connected that stand in our epoch."""
+        return [peer for peer in self._peers.up if self._peers.place_of(peer) == self.place]
 
     def _patience(self, wait_s: float) -> float:
         epoch = self._epoch
@@ -480,8 +485,8 @@ class Member:
         """Return a member that stands where we do and does not lead, when we do: copies make much work."""
         if not self._epoch.group.leads:
             return ""
-        others = {row.id for row in self.position.members}.intersection(self._peers.up) - {peer}
-        here = sorted(other for other in others if self._peers.place_of(other) == self.place)
+        members = {row.id for row in self.position.members} - {peer}
+        here = [other for other in self._here if other in members]
         return self._world.chance.choice(here) if here else ""
 
     def reaches(self, peer: str) -> bool:
